@@ -1,0 +1,318 @@
+"""One grid point, from a composed configuration to its record. Torch-free: children do the work."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import identity
+from harness.artefacts import ArtefactError, verify
+from harness.claim import claim
+from harness.hardware import Hardware, describe
+from harness.launch import EXIT_REFERENCE_MISSING, Outcome, Stage, run_child
+from harness.record import (
+    FILE_NAME,
+    Failure,
+    Record,
+    RecordError,
+    read_record,
+    write_record,
+)
+from kernels.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A grid point with its identities.
+
+    Attributes:
+        config: the resolved configuration.
+        runs_dir: folder of everything the sweep leaves.
+        command: the command that runs this cell again.
+        id: name of its folder below `runs_dir`.
+        key, artefact_key, baseline_key, model_key: the identities, as digests.
+    """
+
+    config: dict[str, Any]
+    runs_dir: Path
+    command: str
+    id: str
+    key: str
+    artefact_key: str
+    baseline_key: str
+    model_key: str
+    model_identity: dict[str, Any]
+    random_weights: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where the record goes."""
+        return self.runs_dir / self.id
+
+    @property
+    def cache(self) -> Path:
+        """What cells share."""
+        return self.runs_dir / "cache"
+
+    @property
+    def title(self) -> str:
+        """The cell as a progress line names it."""
+        method = self.config["method"]
+        bits = f" {method['bits']} bits" if method.get("bits") is not None else ""
+        size = method.get("group_size")
+        group = "" if size is None else " per channel" if size == -1 else f" group {size}"
+        if method.get("per_tensor"):
+            group = " per tensor"
+        return f"{self.config['model']['name']} {method['name']}{bits}{group}"
+
+    def artefact(self, key: str) -> Path:
+        """Return the folder of an artefact."""
+        return self.cache / "artefacts" / key[: 2 * identity.KEY_LENGTH]
+
+    def finished(self) -> bool:
+        """Whether an `ok` record of this cell is there."""
+        try:
+            return read_record(self.folder).status == "ok"
+        except (FileNotFoundError, RecordError):
+            return False
+
+    def summary(self) -> dict[str, Any]:
+        """Return the axes and identities for the record."""
+        method = self.config["method"]
+        return {
+            "model": self.config["model"]["name"],
+            "method": method["name"],
+            "bits": method.get("bits"),
+            "group_size": method.get("group_size"),
+            "hardware": self.config["hardware"]["name"],
+            "suite": self.config["suite"]["name"],
+            "data": self.config["data"]["name"],
+            "baseline": self.config["baseline"]["name"],
+            "cell_key": self.key,
+            "artefact_key": self.artefact_key,
+            "command": self.command,
+            "random_weights": self.random_weights,
+            "resolved": self.config,
+        }
+
+
+def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
+    """Return the cell of a composed configuration.
+
+    Raises:
+        ConfigError: a model, text or value that this cell needs is missing or wrong.
+    """
+    try:
+        resolved: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            config, resolve=True, throw_on_missing=True
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(_missing_value(error)) from error
+    runs_dir = Path(resolved["runs_dir"]).absolute()
+    model = _instantiate(config.model)
+    data = _instantiate(config.data)
+    _instantiate(config.hardware)
+    model_identity = model.identity(runs_dir / "cache" / "digests.json")
+    evaluation = "" if resolved["suite"].get("size_only") else data.evaluation_digest()
+
+    def key_of(node: dict[str, Any]) -> str:
+        calibration = data.calibration_digest() if "calibration" in node else None
+        return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
+
+    artefact, baseline = key_of(resolved["method"]), key_of(resolved["baseline"])
+    key = identity.cell_key(artefact, baseline, resolved, evaluation)
+    return Cell(
+        config=resolved,
+        runs_dir=runs_dir,
+        command=shlex.join(["python", "run.py", *overrides]),
+        id=identity.cell_id(resolved, key),
+        key=key,
+        artefact_key=artefact,
+        baseline_key=baseline,
+        model_key=identity.digest(model_identity),
+        model_identity=model_identity,
+        random_weights=model.random_weights,
+    )
+
+
+def _instantiate(node: DictConfig) -> Any:
+    """Instantiate a torch-free node; a mistake in its values comes out as ConfigError alone."""
+    try:
+        return instantiate(node)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _missing_value(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    if key and "Missing mandatory value" in str(error):
+        return f"{key} has no value; give one: {key}=VALUE"
+    return " ".join(str(error).split())
+
+
+def run_cell(cell: Cell, stage: Stage) -> str:
+    """Run `cell` unless its record is there; return `ok`, `partial`, `failed` or `there`."""
+    with claim(
+        cell.folder / "claim", lambda holder: stage(f"waiting: {holder} runs this cell")
+    ) as waited:
+        # What another sweep has just finished is not run again, not even by force.
+        if cell.finished() and (waited or not cell.config["force"]):
+            return "there"
+        if cell.config["force"]:
+            shutil.rmtree(cell.artefact(cell.artefact_key), ignore_errors=True)
+        (cell.folder / FILE_NAME).unlink(missing_ok=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        failure = _run_stages(cell, stage)
+        if failure is not None:
+            _write_failed(cell, failure, started)
+            return "failed"
+        return read_record(cell.folder).status
+
+
+def _run_stages(cell: Cell, stage: Stage) -> Failure | None:
+    """Make what is missing, then measure; return the failure of the first stage that failed."""
+    hardware: Hardware = instantiate(cell.config["hardware"])
+    if cell.config["suite"].get("size_only"):
+        return run_child("harness.sizes:main", _job(cell), cell.folder, hardware, stage).failure
+    if _wants_baseline(cell):
+        failure = _ensure_artefact(cell, "baseline", cell.baseline_key, hardware, stage)
+        if failure is not None:
+            return failure
+    failure = _ensure_artefact(cell, "method", cell.artefact_key, hardware, stage)
+    if failure is not None:
+        return failure
+    failure = _ensure_reference(cell, hardware, stage)
+    if failure is not None:
+        return failure
+    outcome = _measure(cell, hardware, stage)
+    if outcome.exit_code == EXIT_REFERENCE_MISSING:
+        # The marker was there but an entry is absent or damaged: compute it again, once.
+        _marker(cell).unlink(missing_ok=True)
+        failure = _ensure_reference(cell, hardware, stage)
+        if failure is not None:
+            return failure
+        outcome = _measure(cell, hardware, stage)
+    if not cell.config["keep_artefacts"] and cell.artefact_key != cell.baseline_key:
+        shutil.rmtree(cell.artefact(cell.artefact_key), ignore_errors=True)
+    return outcome.failure
+
+
+def _measure(cell: Cell, hardware: Hardware, stage: Stage) -> Outcome:
+    return run_child("harness.measure:main", _job(cell), cell.folder, hardware, stage)
+
+
+def _job(cell: Cell) -> dict[str, Any]:
+    """Return what a child is told, as JSON-like data."""
+    wants_baseline = _wants_baseline(cell) and cell.baseline_key != cell.artefact_key
+    return {
+        "config": cell.config,
+        "method": cell.config["method"],
+        "cell": cell.id,
+        "folder": str(cell.folder),
+        "cache": str(cell.cache),
+        "artefact": str(cell.artefact(cell.artefact_key)),
+        "baseline_artefact": str(cell.artefact(cell.baseline_key)) if wants_baseline else None,
+        "model_key": cell.model_key,
+        "model_identity": cell.model_identity,
+        "random_weights": cell.random_weights,
+        "marker": str(_marker(cell)),
+        "summary": cell.summary(),
+    }
+
+
+def _wants_baseline(cell: Cell) -> bool:
+    measures = cell.config["suite"]["measures"].values()
+    return any(node.get("interleave_baseline") for node in measures)
+
+
+def _ensure_artefact(
+    cell: Cell, role: str, key: str, hardware: Hardware, stage: Stage
+) -> Failure | None:
+    """Make the artefact of the cell's method or baseline unless it is there and verifies."""
+    folder = cell.artefact(key)
+    with claim(
+        folder.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} quantizes")
+    ):
+        if not _verifies(folder):
+            job = {**_job(cell), "method": cell.config[role], "artefact": str(folder)}
+            outcome = run_child("harness.quantize:main", job, cell.folder, hardware, stage)
+            if not outcome.ok:
+                return outcome.failure
+    if role == "method":
+        link = cell.folder / "artefact"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..") / folder.relative_to(cell.runs_dir))
+    return None
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except ArtefactError:
+        return False
+    return True
+
+
+def _ensure_reference(cell: Cell, hardware: Hardware, stage: Stage) -> Failure | None:
+    marker = _marker(cell)
+    with claim(
+        marker.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} runs the reference")
+    ):
+        if marker.exists():
+            return None
+        return run_child(
+            "harness.reference:main", _job(cell), cell.folder, hardware, stage
+        ).failure
+
+
+def _marker(cell: Cell) -> Path:
+    """Return the file that says that the reference's outputs for this suite are in the cache."""
+    key = identity.digest(
+        {
+            "model": cell.model_key,
+            "data": cell.config["data"],
+            "suite": cell.config["suite"],
+            "hardware": cell.config["hardware"],
+            "seed": cell.config["seed"],
+            "dtype": cell.config["reference_dtype"],
+            "code": identity.code_digest(identity.MEASURING_CODE),
+        }
+    )
+    return cell.cache / "reference" / f"{key[:32]}.done"
+
+
+def _write_failed(cell: Cell, failure: Failure, started: str) -> None:
+    """Leave a failed record; values measured before the failure stay in it."""
+    hardware: Hardware = instantiate(cell.config["hardware"])
+    try:
+        before = read_record(cell.folder)
+        record = replace(
+            before,
+            status="failed",
+            errors=(*(e for e in before.errors if e.kind != "interrupted"), failure),
+        )
+    except (FileNotFoundError, RecordError):
+        record = Record(
+            cell=cell.id,
+            status="failed",
+            config=cell.summary(),
+            errors=(failure,),
+            # Facts of a card need torch, which a driver never imports.
+            environment=describe(replace(hardware, device="cpu")),
+            started=started,
+        )
+    write_record(record, cell.folder)

@@ -1,0 +1,40 @@
+"""Child that instantiates everything a sweep will use, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from harness.launch import Stage
+from harness.record import write_atomically
+from kernels.errors import ConfigError
+
+
+def main(job: dict[str, Any], stage: Stage) -> None:
+    """Check each configuration of `job["configs"]`; the sentences go to `job["problems"]`."""
+    problems: list[str] = []
+    for config in job["configs"]:
+        for sentence in _problems(config):
+            if sentence not in problems:
+                problems.append(sentence)
+    write_atomically(Path(job["problems"]), json.dumps(problems).encode())
+
+
+def _problems(config: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    try:
+        hardware = instantiate(config["hardware"])
+        instantiate(config["method"]).check(hardware)
+        instantiate(config["baseline"]).check(hardware)
+        for node in config["suite"]["measures"].values():
+            instantiate(node)
+    except ConfigError as error:
+        found.append(str(error))
+    except InstantiationException as error:
+        cause = error.__cause__
+        found.append(str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split()))
+    return found

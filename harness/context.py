@@ -1,0 +1,84 @@
+"""What a measure is given beside the engine, and what a measure is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from harness.cache import Cache
+from harness.data import Texts
+from harness.hardware import Hardware
+from harness.record import Value
+from methods.base import Engine
+
+
+class ReferenceMissing(Exception):
+    """An output of the unquantized model is not in the cache: it has to be computed first."""
+
+
+@dataclass
+class Context:
+    """The surroundings of one measurement.
+
+    Attributes:
+        tokenizer: the model's Hugging Face tokenizer; None for random weights without one.
+        texts: the evaluation text as tokens, per protocol.
+        hardware: the hardware of the cell.
+        artefact: folder of the artefact behind the engine.
+        cache: entries shared by the cells of a sweep.
+        model_key: identity of the unquantized model, part of every key of a reference's output.
+        random_weights: quality means nothing; measures of quality are not run.
+        seed: seed of anything drawn.
+        baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
+        details: what is not a number goes here, under the measure's name, and into the record.
+    """
+
+    tokenizer: Any
+    texts: Texts
+    hardware: Hardware
+    artefact: Path
+    cache: Cache
+    model_key: str
+    random_weights: bool
+    seed: int
+    baseline: Callable[[], Engine] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def reference(self, kind: str, key: Any) -> dict[str, Any]:
+        """Return a reference output that `Measure.prepare` wrote.
+
+        Raises:
+            ReferenceMissing: it is absent or damaged; the parent runs the reference again.
+        """
+        tensors = self.cache.read(f"reference/{kind}", [self.model_key, key])
+        if tensors is None:
+            raise ReferenceMissing(f"{kind} of the unquantized model is not in the cache")
+        return tensors
+
+    def keep_reference(
+        self, kind: str, key: Any, build: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return a reference output, computed by `build` where it is absent or damaged."""
+        return self.cache.get(f"reference/{kind}", [self.model_key, key], build)
+
+
+class Measure(Protocol):
+    """One question asked of an engine; a frozen dataclass whose fields are its YAML's schema.
+
+    Attributes:
+        quality: its values say something of the weights, so nothing for random ones.
+        needs: capabilities the engine must have.
+    """
+
+    quality: ClassVar[bool]
+    needs: ClassVar[frozenset[str]]
+
+    def prepare(self, reference: Engine, context: Context) -> None:
+        """Put what the measure compares with into the cache; `reference` is the FP32 model."""
+        ...
+
+    def run(self, engine: Engine, context: Context) -> list[Value]:
+        """Measure `engine`."""
+        ...

@@ -1,0 +1,409 @@
+"""Evaluation and calibration text: where it comes from, its identity, and its tokens.
+
+The classes with a `name` are what `conf/data/*.yaml` instantiate. Torch-free at import: the driver
+asks them for digests. Rows of a data set become text in two ways: joined with two newlines (the
+GPTQ protocol), or as the raw file they were cut from (the llama.cpp protocol).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.hub import Repository
+from harness.record import digest
+from harness.rows import ROW_FORMATS, cell, column, read_rows, read_text, split_files
+from kernels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.cache import Cache
+
+Protocol = Literal["gptq", "llamacpp"]
+
+HUB_CALIBRATION_CHARACTERS = 4_000_000
+EMBEDDED_CALIBRATION_SEED = 0
+LOCAL_INSTEAD = "data=local data.path=FOLDER, or data=text data.path=FILE"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text.
+
+    Attributes:
+        text: name of the text (embedded, wikitext2, ...).
+        ids: int64 [N]; `bos` stands first where there is one.
+        bos: the id that the tokenizer puts before a text, None where it puts none.
+        digest: SHA-256 of text, tokenizer and protocol.
+    """
+
+    text: str
+    ids: Tensor
+    bos: int | None
+    digest: str
+
+
+def windows(tokens: Tokens, seq_len: int, count: int | None = None) -> Tensor:
+    """Cut `tokens` into windows that do not overlap: int64 [n, seq_len], the tail dropped.
+
+    Raises:
+        ConfigError: the text is shorter than one window.
+    """
+    whole = len(tokens.ids) // seq_len
+    if whole == 0:
+        raise ConfigError(
+            f"text {tokens.text!r} has {len(tokens.ids)} tokens, less than one window of "
+            f"{seq_len}; take a longer text (data=...) or a shorter window"
+        )
+    used = whole if count is None else min(count, whole)
+    return tokens.ids[: used * seq_len].view(used, seq_len)
+
+
+class Texts:
+    """The texts of a data source as tokens of one model; each tokenized once and kept in a cache.
+
+    `name` (embedded, wikitext2, ...) and `digest` are those of the evaluation text.
+    """
+
+    def __init__(self, source: DataSource, tokenizer: Any, cache: Cache) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.name = source.text
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the evaluation text's rows."""
+        return self.source.evaluation_digest()
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self._need_tokenizer())
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError(
+                "the model has no tokenizer, so no text can be read with it; give one with "
+                "model.tokenizer=FOLDER"
+            )
+        return self.tokenizer
+
+    def tokens(self, protocol: Protocol) -> Tokens:
+        """Return the evaluation text as `protocol` has it, BOS once where the tokenizer adds it.
+
+        For `llamacpp` that is what its own tokenizer call gives; there the first token of each
+        window is then replaced by `bos`.
+        """
+        make = {"gptq": self.source.joined_text, "llamacpp": self.source.raw_text}[protocol]
+        bos = leading_token(self._need_tokenizer())
+        key = self._key(self.digest, protocol)
+        return Tokens(self.name, self._ids(key, make, bos), bos, digest(key))
+
+    def calibration(self, samples: int, seq_len: int, seed: int) -> Tensor:
+        """Return `samples` random crops of the calibration text, int64 [samples, seq_len].
+
+        Crops may overlap, as in GPTQ's own sampling; no BOS is put before them.
+
+        Raises:
+            ConfigError: the text is shorter than one crop.
+        """
+        import torch
+
+        key = self._key(self.source.calibration_digest(), "calibration")
+        name = f"calibration text of data={self.source.name}"
+        tokens = Tokens(name, self._ids(key, self.source.calibration_text, None), None, digest(key))
+        windows(tokens, seq_len, 1)
+        generator = torch.Generator().manual_seed(seed)
+        last = len(tokens.ids) - seq_len
+        starts = torch.randint(0, last + 1, (samples,), generator=generator)
+        return tokens.ids[starts[:, None] + torch.arange(seq_len)]
+
+    def _key(self, text: str, protocol: str) -> dict[str, str]:
+        return {
+            "text": text,
+            "tokenizer": self._tokenizer_digest,
+            "protocol": protocol,
+            "tokenizers": metadata.version("tokenizers"),
+        }
+
+    def _ids(self, key: Mapping[str, str], make: Callable[[], str], bos: int | None) -> Tensor:
+        import torch
+
+        def build() -> dict[str, Tensor]:
+            ids = encode(self.tokenizer, make())
+            first = [] if bos is None else [bos]
+            return {"ids": torch.tensor([*first, *ids], dtype=torch.int32)}
+
+        return self.cache.get("tokens", key, build)["ids"].long()
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of `text` as one piece, without special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+    # What the tokenizer's own call does, without the offsets that take half of its time.
+    backend.no_truncation()
+    backend.no_padding()
+    found: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return found
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """Return the id that `tokenizer` puts before a text by itself, or None."""
+    whole = tokenizer("a").input_ids
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    return int(whole[0]) if whole[:1] != bare[:1] else None
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of all that decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest([type(tokenizer).__name__, content, leading_token(tokenizer)])
+
+
+class DataSource(ABC):
+    """What every choice of `data` answers.
+
+    Attributes:
+        name: of the source, as records have it.
+        text: of the evaluation text; the beginning of every protocol's name.
+    """
+
+    name: str
+    text: str
+
+    @abstractmethod
+    def rows(self) -> list[str]:
+        """Return the rows of the evaluation text; raises ConfigError where they are missing."""
+
+    @abstractmethod
+    def calibration_text(self) -> str:
+        """Return the text that methods calibrate on; raises ConfigError where there is none."""
+
+    def joined_text(self) -> str:
+        """Return the rows joined with two newlines (GPTQ, AWQ)."""
+        return "\n\n".join(self.rows())
+
+    def raw_text(self) -> str:
+        """Return the file the rows were cut from.
+
+        A row that the hub has as "" is a line with one space in WikiText's raw files: so put
+        together, the WikiText-2 test rows have the 1,290,590 bytes of wiki.test.raw.
+        """
+        rows = self.rows()
+        return rows[0] if len(rows) == 1 else "".join(map(_line, rows))
+
+    def evaluation_digest(self) -> str:
+        """Return the SHA-256 of the evaluation text's rows."""
+        return digest(self.rows())
+
+    def calibration_digest(self) -> str:
+        """Return the SHA-256 of the calibration text."""
+        return hashlib.sha256(self.calibration_text().encode()).hexdigest()
+
+    def contaminated(self) -> bool:
+        """Whether the evaluation text stands in the calibration text, or the other way round."""
+        evaluation, calibration = self.joined_text().strip(), self.calibration_text().strip()
+        return evaluation in calibration or calibration in evaluation
+
+    def texts(self, tokenizer: Any, cache: Cache) -> Texts:
+        """Return the texts as tokens of `tokenizer`, kept in `cache`."""
+        return Texts(self, tokenizer, cache)
+
+
+def _line(row: str) -> str:
+    if not row:
+        return " \n"
+    return row if row.endswith("\n") else f"{row}\n"
+
+
+@dataclass(frozen=True)
+class EmbeddedData(DataSource):
+    """Text of the invented world that the embedded demonstration model knows."""
+
+    name: str
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_name(self.text)
+
+    def rows(self) -> list[str]:
+        """Return the held-out text, as one row."""
+        path = Path(__file__).resolve().parent / "embedded" / "data" / "eval.txt"
+        return [read_text(path, "the embedded evaluation text")]
+
+    def calibration_text(self) -> str:
+        """Return text of a stream that neither training nor evaluation draws from."""
+        return _embedded_calibration_text()
+
+
+@cache
+def _embedded_calibration_text() -> str:
+    from harness.embedded.generate import calibration_text
+
+    return calibration_text(EMBEDDED_CALIBRATION_SEED)
+
+
+@dataclass(frozen=True)
+class LocalData(DataSource):
+    """A folder with the hub's names and columns: `<dataset>/<subset>/<split>` in any row format.
+
+    Attributes:
+        path: the folder; `~` is expanded, a relative path starts where the command was given.
+        dataset, subset, split, column: the evaluation text, as the hub names it; the data set may
+            be with or without its owner.
+        calibration: name of a file under `calibration/` (c4, wikipedia, code, ...).
+    """
+
+    name: str
+    text: str
+    path: str
+    dataset: str
+    subset: str
+    split: str
+    column: str
+    calibration: str
+
+    def __post_init__(self) -> None:
+        _check_name(self.text)
+
+    def rows(self) -> list[str]:
+        """Return the evaluation rows."""
+        root = self._root()
+        # In the hub's own layout the owner comes first.
+        short = self.dataset.rpartition("/")[2]
+        folders = [root / name / self.subset for name in dict.fromkeys((self.dataset, short))]
+        for folder in folders:
+            files = split_files(folder, self.split)
+            if files:
+                return column(files, self.column)
+        raise ConfigError(
+            f"data.path={self.path} has no {folders[-1].relative_to(root)}/{self.split} "
+            f"({', '.join(ROW_FORMATS)}); it must be a folder with the hub's names and columns"
+        )
+
+    def calibration_text(self) -> str:
+        """Return the rows of the calibration file."""
+        root = self._root()
+        files = split_files(root / "calibration", self.calibration)
+        if not files:
+            raise ConfigError(
+                f"data.path={self.path} has no calibration/{self.calibration} "
+                f"({', '.join(ROW_FORMATS)}), which the method calibrates on; name another with "
+                "data.calibration=NAME"
+            )
+        return "\n\n".join(column(files, "text"))
+
+    def _root(self) -> Path:
+        root = Path(self.path).expanduser().resolve()
+        if not root.is_dir():
+            raise ConfigError(
+                f"data.path={self.path}: there is no folder {root}; it must be a folder with the "
+                "hub's names and columns, such as wikitext/wikitext-2-raw-v1/test.parquet"
+            )
+        return root
+
+
+@dataclass(frozen=True)
+class HubData(DataSource):
+    """Data sets of the Hugging Face hub, fetched once into its cache.
+
+    Attributes:
+        dataset, subset, split, column, revision: the evaluation text.
+        calibration_dataset, calibration_file: one file with a column `text` to calibrate on; its
+            first rows, 4 million characters of them.
+    """
+
+    name: str
+    text: str
+    dataset: str
+    subset: str
+    split: str
+    column: str
+    revision: str
+    calibration_dataset: str
+    calibration_file: str
+
+    def __post_init__(self) -> None:
+        _check_name(self.text)
+
+    def rows(self) -> list[str]:
+        """Return the evaluation rows."""
+        repository = Repository("dataset", self.dataset, self.revision, LOCAL_INSTEAD)
+
+        def lacks(folder: Path) -> str | None:
+            if split_files(folder / self.subset, self.split):
+                return None
+            return f"has no {self.subset}/{self.split} ({', '.join(ROW_FORMATS)})"
+
+        names = [f"{self.subset}/{self.split}{end}" for end in ("-*.parquet", *ROW_FORMATS)]
+        folder = repository.folder(names, lacks)
+        return column(split_files(folder / self.subset, self.split), self.column)
+
+    def calibration_text(self) -> str:
+        """Return the beginning of the calibration file."""
+        repository = Repository("dataset", self.calibration_dataset, "main", LOCAL_INSTEAD)
+        name = self.calibration_file
+
+        def lacks(folder: Path) -> str | None:
+            return None if (folder / name).is_file() else f"has no file {name}"
+
+        folder = repository.folder([name], lacks)
+        parts: list[str] = []
+        length = 0
+        for row in read_rows(folder / name):
+            parts.append(cell(row, "text", folder / name))
+            length += len(parts[-1])
+            if length >= HUB_CALIBRATION_CHARACTERS:
+                break
+        return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class TextFile(DataSource):
+    """Plain text files in UTF-8.
+
+    Attributes:
+        path: the evaluation text.
+        calibration_path: the text to calibrate on; null: methods that calibrate are refused.
+    """
+
+    name: str
+    text: str
+    path: str
+    calibration_path: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.text)
+
+    def rows(self) -> list[str]:
+        """Return the text, as one row."""
+        return [read_text(Path(self.path).expanduser().resolve(), "data.path")]
+
+    def calibration_text(self) -> str:
+        """Return the calibration text."""
+        if self.calibration_path is None:
+            raise ConfigError(
+                "the method calibrates on text, but data=text has none to calibrate on; give "
+                "data.calibration_path=FILE, another text than the one that is scored"
+            )
+        return read_text(Path(self.calibration_path).expanduser().resolve(), "calibration_path")
+
+
+def _check_name(text: str) -> None:
+    if not re.fullmatch(r"[a-z0-9_]+", text):
+        raise ConfigError(
+            f"data.text is {text!r}; it becomes part of column names, so it must be made of "
+            "a-z, 0-9 and _"
+        )

@@ -1,0 +1,133 @@
+"""The machine of a cell: what may be used of it, and what it is.
+
+No torch at import: the driver reads this too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kernels.errors import ConfigError
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+REPORTED_PACKAGES = ("torch", "transformers", "lm_eval", "torchao", "numpy", "quantbench")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a cell runs and what it may take.
+
+    Attributes:
+        name: as tables show it.
+        device: `cpu` or `cuda`.
+        compute_dtype: floating type of activations and of everything left unquantized.
+        threads: CPU threads; None takes what the machine gives this process.
+        memory_limit_bytes: most memory a child of the cell may take beyond what it starts with;
+            None is 90 % of what is free when the cell starts.
+        time_limit_seconds: longest a child of the cell may run.
+        environment: variables set in the cell's processes.
+        allow_fallback: whether a matrix whose kernel refuses may be dequantized at each call.
+    """
+
+    name: str
+    device: str
+    compute_dtype: str = "float32"
+    threads: int | None = None
+    memory_limit_bytes: int | None = None
+    time_limit_seconds: float = 3600.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    allow_fallback: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"hardware.device is {self.device!r}; it must be 'cpu' or 'cuda'")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(
+                f"hardware.compute_dtype is {self.compute_dtype!r}; "
+                f"it must be one of {', '.join(COMPUTE_DTYPES)}"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"hardware.threads is {self.threads}; it must be 1 or more, or null")
+        if self.time_limit_seconds <= 0:
+            raise ConfigError("hardware.time_limit_seconds must be above 0")
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:
+            raise ConfigError("hardware.memory_limit_bytes must be above 0, or null")
+
+    @property
+    def usable_threads(self) -> int:
+        """CPU threads a child of the cell uses."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def describe(hardware: Hardware) -> dict[str, Any]:
+    """Return the facts of this machine that a figure depends on (bytes, counts, versions)."""
+    facts: dict[str, Any] = {
+        "hardware": hardware.name,
+        "device": hardware.device,
+        "host": platform.node(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": hardware.usable_threads,
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "gpu": None,
+    }
+    if hardware.device == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def machine_name(device: str) -> str:
+    """Return processor and, for `cuda`, card of this machine: what a speed belongs to.
+
+    Read from /proc, so that the driver needs neither torch nor a CUDA context.
+    """
+    if device == "cpu":
+        return _cpu_name()
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [
+        line.partition(":")[2].strip()
+        for card in cards[:1]
+        for line in card.read_text().splitlines()
+        if line.startswith("Model")
+    ]
+    return " + ".join([_cpu_name(), *models])
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages a result depends on."""
+    found = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,72 @@
+"""What `run.py` does with one composed configuration (`conf/job/`)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from harness.cell import Cell, plan_cell, run_cell
+from harness.plan import read_plan
+from harness.progress import CellProgress
+from harness.sweep import EXIT_REFUSED, plan_cells
+from kernels.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """Quantize, load, measure: one row of the table."""
+
+    name: str
+
+    def run(self, config: DictConfig) -> str:
+        """Run the cell of `config`; alone, also the baseline's cell that it is compared with."""
+        hydra = HydraConfig.get()
+        overrides = list(hydra.overrides.task)
+        try:
+            cell = plan_cell(config, overrides)
+            if hydra.mode == RunMode.MULTIRUN:
+                return _run(cell, Path(hydra.sweep.dir).absolute())
+            folder = Path(hydra.run.dir).absolute()
+            cells = [_baseline_cell(config, overrides), cell]
+            cells = cells[1:] if cells[0].id == cell.id else cells
+            plan_cells(cells, folder)
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(EXIT_REFUSED) from None
+        return [_run(each, folder) for each in cells][-1]
+
+
+def _baseline_cell(config: DictConfig, overrides: list[str]) -> Cell:
+    """Return the cell with the baseline's method in the place of the cell's own."""
+    changed = config.copy()
+    with open_dict(changed):
+        changed.method = changed.baseline
+        changed.force = False
+    kept = [o for o in overrides if not o.startswith(("method=", "method.", "force="))]
+    kept = [o for o in kept if not o.startswith(("bits=", "group_size="))]
+    return plan_cell(changed, [*kept, f"method={config.baseline.name}"])
+
+
+def _run(cell: Cell, folder: Path) -> str:
+    """Run `cell` as the next of the plan in `folder`, with its progress shown."""
+    plan = read_plan(folder)
+    if cell.id not in plan.missing:
+        return "there"
+    number = plan.missing.index(cell.id) + 1
+    elapsed = time.time() - plan.started
+    with CellProgress(cell.title, number, len(plan.missing), elapsed) as progress:
+        try:
+            result = run_cell(cell, progress.stage)
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            progress.finish(f"failed: {error.strerror or error}{where}")
+            return "failed"
+        progress.finish(result)
+    return result

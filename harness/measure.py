@@ -1,0 +1,216 @@
+"""Second child of a cell: load the artefact and run the suite's measures.
+
+The record is written anew after each measure, so that a crash loses the running one only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from harness.artefacts import Manifest, read_manifest
+from harness.cache import Cache
+from harness.context import Context, Measure, ReferenceMissing
+from harness.hardware import Hardware, describe
+from harness.launch import Stage
+from harness.load import load_tokenizer
+from harness.memory import peak_bytes
+from harness.record import Failure, Record, Status, Value, write_record
+from kernels.errors import ConfigError
+from methods.base import Engine, KernelUse, Method
+
+EXECUTIONS = ("packed", "dequantized", "simulated")
+
+
+class Progress:
+    """The growing record of one cell, on disk after every step."""
+
+    def __init__(self, job: dict[str, Any], hardware: Hardware) -> None:
+        self.job = job
+        self.start = time.perf_counter()
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.environment = describe(hardware)
+        self.values: list[Value] = []
+        self.errors: list[Failure] = []
+        self.details: dict[str, Any] = {"notes": []}
+
+    def write(self, status: Status, interrupted_at: str | None = None) -> None:
+        """Write the record; `interrupted_at` names the step that a crash from here on would hit."""
+        errors = list(self.errors)
+        if interrupted_at is not None:
+            errors.append(Failure(interrupted_at, "interrupted", "the cell ended in this step"))
+        record = Record(
+            cell=self.job["cell"],
+            status=status,
+            config=self.job["summary"],
+            values=tuple(self.values),
+            errors=tuple(errors),
+            environment=self.environment,
+            details=self.details,
+            started=self.started,
+            seconds=time.perf_counter() - self.start,
+        )
+        write_record(record, Path(self.job["folder"]))
+
+
+def main(job: dict[str, Any], stage: Stage) -> None:
+    """Measure the artefact of `job` and leave the record in `job["folder"]`."""
+    config = job["config"]
+    hardware: Hardware = instantiate(config["hardware"])
+    method: Method = instantiate(config["method"])
+    measures: dict[str, Measure] = {
+        name: instantiate(node) for name, node in config["suite"]["measures"].items()
+    }
+    method.check(hardware)
+    progress = Progress(job, hardware)
+    manifest = read_manifest(Path(job["artefact"]))
+    _describe_artefact(progress, manifest)
+    stage("loading the artefact")
+    start = time.perf_counter()
+    engine = method.load(Path(job["artefact"]), hardware)
+    _synchronize(hardware)
+    progress.values.append(
+        Value("load", "load_seconds", "artefact", time.perf_counter() - start, "s", False)
+    )
+    _describe_kernels(progress, engine.kernels())
+    memory = PeakMemory(job["resident_at_start"], hardware)
+    context = _context(job, hardware, progress, memory)
+    for name, measure in measures.items():
+        progress.write("failed", interrupted_at=name)
+        _run_one(name, measure, engine, context, progress, stage)
+    progress.values += memory.values()
+    engine.close()
+    progress.write("partial" if progress.errors else "ok")
+
+
+def _run_one(
+    name: str,
+    measure: Measure,
+    engine: Engine,
+    context: Context,
+    progress: Progress,
+    stage: Stage,
+) -> None:
+    if context.random_weights and measure.quality:
+        progress.details["notes"].append(f"{name} not measured: the weights are random")
+        return
+    missing = measure.needs - engine.capabilities
+    if missing:
+        wanted = ", ".join(sorted(missing))
+        progress.errors.append(Failure(name, "capability", f"the engine cannot give {wanted}"))
+        return
+    stage(name)
+    try:
+        progress.values += measure.run(engine, context)
+    except (ReferenceMissing, MemoryError):
+        raise
+    except ConfigError as error:
+        progress.errors.append(Failure(name, "config", str(error)))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        progress.errors.append(Failure(name, type(error).__name__, text))
+
+
+class PeakMemory:
+    """Peak memory of the measured engine alone: taken before a baseline is loaded beside it."""
+
+    def __init__(self, resident_at_start: int, hardware: Hardware) -> None:
+        self.resident_at_start = resident_at_start
+        self.hardware = hardware
+        self._values: list[Value] | None = None
+
+    def values(self) -> list[Value]:
+        """Return the peak until the first call, in bytes."""
+        if self._values is None:
+            self._values = self._read()
+        return self._values
+
+    def _read(self) -> list[Value]:
+        peaks = {"process_peak": peak_bytes() - self.resident_at_start}
+        if self.hardware.device == "cuda":
+            peaks = {
+                "cuda_allocated_peak": torch.cuda.max_memory_allocated(),
+                "cuda_reserved_peak": torch.cuda.max_memory_reserved(),
+            }
+        return [
+            Value("memory", "peak_memory_bytes", protocol, float(peak), "B", False)
+            for protocol, peak in peaks.items()
+        ]
+
+
+def _context(
+    job: dict[str, Any], hardware: Hardware, progress: Progress, memory: PeakMemory
+) -> Context:
+    config = job["config"]
+    tokenizer = load_tokenizer(Path(job["artefact"]))
+    cache = Cache(Path(job["cache"]))
+
+    def load_baseline() -> Engine:
+        memory.values()
+        method: Method = instantiate(config["baseline"])
+        return method.load(Path(job["baseline_artefact"]), hardware)
+
+    return Context(
+        tokenizer=tokenizer,
+        texts=instantiate(config["data"]).texts(tokenizer, cache),
+        hardware=hardware,
+        artefact=Path(job["artefact"]),
+        cache=cache,
+        model_key=job["model_key"],
+        random_weights=job["random_weights"],
+        seed=config["seed"],
+        baseline=load_baseline if job["baseline_artefact"] else None,
+        details=progress.details,
+    )
+
+
+def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
+    quantized = sum(m["count"] * m["out_features"] * m["in_features"] for m in manifest.matrices)
+    left_out = sum(entry[1] for entry in manifest.left_out)
+    progress.details["coverage"] = {
+        "quantized_weights": quantized,
+        "total_weights": quantized + left_out,
+        "left_out": manifest.left_out,
+    }
+    progress.details["model"] = {**manifest.model, **progress.job["model_identity"]}
+    progress.details["calibration"] = manifest.calibration
+    progress.details["notes"] += manifest.notes
+    seconds, peak = manifest.quantize_seconds, float(manifest.quantize_peak_bytes)
+    progress.values += [
+        Value("quantize", "quantize_seconds", "quantize", seconds, "s", False),
+        Value("quantize", "quantize_peak_bytes", "process_peak", peak, "B", False),
+    ]
+
+
+def _describe_kernels(progress: Progress, uses: list[KernelUse]) -> None:
+    """Put one line per (layer class, kernel, state) into the record, and the row's own state."""
+    groups: dict[tuple[str, str, str], list[KernelUse]] = defaultdict(list)
+    for use in uses:
+        groups[use.layer, use.kernel, use.execution].append(use)
+    progress.details["kernels"] = [
+        {
+            "layer": layer,
+            "kernel": kernel,
+            "execution": execution,
+            "matrices": len(members),
+            "weights": sum(use.weights for use in members),
+            "example": asdict(members[0])["name"],
+        }
+        for (layer, kernel, execution), members in groups.items()
+    ]
+    # A row is only as good as its worst matrix.
+    progress.details["execution"] = max(
+        (use.execution for use in uses), key=EXECUTIONS.index, default=""
+    )
+
+
+def _synchronize(hardware: Hardware) -> None:
+    if hardware.device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""One measure a file: what is asked of an engine, under which protocol."""

@@ -1,0 +1,14 @@
+"""What the execution state of an engine's matrices means for the measures."""
+
+from __future__ import annotations
+
+from methods.base import Engine
+
+
+def is_simulated(engine: Engine) -> bool:
+    """Whether a matrix holds rounded values stored as floats.
+
+    Such an engine is worth measuring for quality only: its bytes, memory and speed are those of the
+    floats, not of the format that the method stands for.
+    """
+    return any(use.execution == "simulated" for use in engine.kernels())

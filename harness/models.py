@@ -1,0 +1,318 @@
+"""Where a model comes from: the project itself, a folder, the hub, or a bare shape.
+
+The classes are what `conf/model/*.yaml` instantiate. Torch-free: the driver asks them for names and
+identities; `harness.load` makes a model of what they point to. Code that comes with a model is
+never run: an architecture that transformers does not know is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from harness.folders import (
+    CONFIG,
+    FILES,
+    PICKLE_PATTERNS,
+    SAFETENSORS_PATTERNS,
+    TOKENIZER_FILES,
+    TOKENIZER_MODELS,
+    WEIGHTS,
+    checked_config,
+    files_digest,
+    folder_digest,
+    no_weights,
+    present,
+    read_config,
+    read_json,
+    weight_files,
+)
+from harness.hub import Repository
+from harness.record import digest
+from kernels.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+LOCAL_INSTEAD = "a folder with model=local model.path=FOLDER"
+
+
+class ModelSource(Protocol):
+    """What every choice of `model` answers.
+
+    Attributes:
+        trust_remote_code: always false: code that comes with a model is not run.
+    """
+
+    trust_remote_code: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """Name as tables show it."""
+        ...
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the weights are drawn, so that quality means nothing."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The architecture kept in the project, as in config.json; None: it is in the folder."""
+        ...
+
+    @property
+    def allow_pickle(self) -> bool:
+        """Whether weights may be read from a pickle."""
+        ...
+
+    def folder(self) -> Path | None:
+        """Return the folder in Hugging Face layout, fetched if need be; None for a bare shape."""
+        ...
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the configuration as config.json has it, without weights or, if kept, network."""
+        ...
+
+    def identity(self, digests: Path) -> dict[str, Any]:
+        """Return JSON that changes whenever the weights, tokenizer or architecture do.
+
+        `digests` is a file that remembers the digests of large files by path, size and time.
+        """
+        ...
+
+    def architecture_identity(self) -> dict[str, Any]:
+        """Return JSON that changes whenever the architecture does; for sizes by arithmetic."""
+        ...
+
+
+class _FolderModel:
+    """What the embedded and a local model share: everything is in a folder."""
+
+    trust_remote_code: ClassVar[bool] = False
+    random_weights: ClassVar[bool] = False
+    config: ClassVar[None] = None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        return read_config(self.folder())
+
+    def architecture_identity(self) -> dict[str, Any]:
+        """Return the digest of config.json's content."""
+        return {"kind": "architecture", "sha256": digest(self.architecture())}
+
+    def folder(self) -> Path:
+        """Return the folder."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EmbeddedModel(_FolderModel):
+    """The demonstration model that the project trained itself and carries with it."""
+
+    name: str
+
+    allow_pickle: ClassVar[bool] = False
+
+    def folder(self) -> Path:
+        """Return the folder beside the code."""
+        folder = Path(__file__).resolve().parent / "embedded" / "model"
+        if not (folder / WEIGHTS).is_file():
+            raise ConfigError(
+                f"the embedded model's weights are not in {folder}: the installation is incomplete;"
+                f" install again, or pass {LOCAL_INSTEAD}"
+            )
+        return folder
+
+    def identity(self, digests: Path) -> dict[str, Any]:
+        """Return the digest of the model's files."""
+        return {"kind": "embedded", "sha256": folder_digest(self.folder(), False, digests)}
+
+
+@dataclass(frozen=True)
+class LocalModel(_FolderModel):
+    """A folder in Hugging Face layout: config.json, safetensors, tokenizer.
+
+    Attributes:
+        name: as tables show it; `local` stands for the folder's own name.
+        path: the folder; `~` is expanded, a relative path starts where the command was given.
+        allow_pickle: read pytorch_model.bin where there is no safetensors file.
+    """
+
+    name: str
+    path: str
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name == "local":
+            object.__setattr__(self, "name", Path(self.path).expanduser().resolve().name)
+
+    def folder(self) -> Path:
+        """Return the folder as an absolute path.
+
+        Raises:
+            ConfigError: it is missing, or holds no config.json.
+        """
+        folder = Path(self.path).expanduser().resolve()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"model.path={self.path}: there is no folder {folder}; it must be a folder in "
+                "Hugging Face layout (config.json, model.safetensors, tokenizer.json)"
+            )
+        if not (folder / CONFIG).is_file():
+            raise ConfigError(
+                f"{folder} holds no {CONFIG}; model.path must be a folder in Hugging Face layout "
+                "(config.json, model.safetensors, tokenizer.json)"
+            )
+        return folder
+
+    def identity(self, digests: Path) -> dict[str, Any]:
+        """Return the digest of the model's files; the path does not count."""
+        sha = folder_digest(self.folder(), self.allow_pickle, digests)
+        return {"kind": "local", "sha256": sha}
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the Hugging Face hub.
+
+    Attributes:
+        name: as tables show it; `hub` stands for the id.
+        id: `owner/name`.
+        revision: branch, tag or commit; the commit it stands for is in every record.
+        config: the architecture as in its config.json, kept here so that sizes need no network;
+            null: it is fetched.
+        allow_pickle: read pytorch_model.bin where there is no safetensors file.
+    """
+
+    name: str
+    id: str | None
+    revision: str = "main"
+    config: Mapping[str, Any] | None = None
+    allow_pickle: bool = False
+
+    trust_remote_code: ClassVar[bool] = False
+    random_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.name == "hub" and self.id:
+            object.__setattr__(self, "name", self.id)
+        if self.config is not None:
+            object.__setattr__(self, "config", checked_config(self.config))
+
+    @property
+    def _repository(self) -> Repository:
+        if not self.id:
+            raise ConfigError("model.id has no value; give one: model.id=OWNER/NAME")
+        return Repository("model", self.id, self.revision, LOCAL_INSTEAD)
+
+    def folder(self) -> Path:
+        """Return the local copy of the needed files, fetched where it is incomplete."""
+        patterns = [*FILES, *SAFETENSORS_PATTERNS]
+        if not self.allow_pickle:
+            return self._repository.folder(patterns, self._lacks)
+        folder = self._repository.folder(patterns, _lacks_config)
+        if self._lacks(folder) is None:
+            return folder
+        return self._repository.folder([*patterns, *PICKLE_PATTERNS], self._lacks)
+
+    def _lacks(self, folder: Path) -> str | None:
+        if not (folder / CONFIG).is_file():
+            return _lacks_config(folder)
+        try:
+            weight_files(folder, self.allow_pickle)
+        except ConfigError:
+            return no_weights(self.allow_pickle)
+        if not any((folder / name).is_file() for name in TOKENIZER_MODELS):
+            return f"has no tokenizer ({', '.join(TOKENIZER_MODELS)})"
+        return None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the configuration kept here, else the one on the hub."""
+        if self.config is not None:
+            return dict(self.config)
+        return read_config(self._repository.folder([CONFIG], _lacks_config))
+
+    def identity(self, digests: Path) -> dict[str, Any]:
+        """Return the id and the commit that the revision stands for."""
+        return {"kind": "hub", "id": self.id, "commit": self._repository.commit()}
+
+    def architecture_identity(self) -> dict[str, Any]:
+        """Return the digest of the configuration."""
+        return {"kind": "architecture", "sha256": digest(self.architecture())}
+
+
+@dataclass(frozen=True)
+class ShapeModel:
+    """An architecture with seeded random weights: for speed, memory and size, never for quality.
+
+    Attributes:
+        config: the architecture as in a config.json, or the path of such a file.
+        tokenizer: a folder with a tokenizer, or null for none.
+        seed: seed of the weights.
+        dtype: floating type that the weights count as stored in.
+    """
+
+    name: str
+    config: Any
+    tokenizer: str | None = None
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+    trust_remote_code: ClassVar[bool] = False
+    random_weights: ClassVar[bool] = True
+    allow_pickle: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"model.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
+            )
+        config = self.config
+        if isinstance(config, str):
+            config = read_json(Path(config).expanduser(), "model.config")
+        object.__setattr__(self, "config", {**checked_config(config), "dtype": self.dtype})
+
+    def folder(self) -> None:
+        """There is no folder: return None."""
+
+    def tokenizer_folder(self) -> Path | None:
+        """Return the folder of the tokenizer, or None.
+
+        Raises:
+            ConfigError: the folder is missing or holds no tokenizer.
+        """
+        if self.tokenizer is None:
+            return None
+        folder = Path(self.tokenizer).expanduser().resolve()
+        if not any((folder / name).is_file() for name in TOKENIZER_MODELS):
+            raise ConfigError(
+                f"model.tokenizer={self.tokenizer}: {folder} holds no tokenizer "
+                f"({', '.join(TOKENIZER_MODELS)})"
+            )
+        return folder
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the configuration."""
+        return dict(self.config)
+
+    def identity(self, digests: Path) -> dict[str, Any]:
+        """Return the digests of configuration and tokenizer, and the seed."""
+        folder = self.tokenizer_folder()
+        tokenizer = files_digest(present(folder, TOKENIZER_FILES), digests) if folder else None
+        return {
+            "kind": "shape",
+            "sha256": digest(self.architecture()),
+            "seed": self.seed,
+            "tokenizer": tokenizer,
+        }
+
+    def architecture_identity(self) -> dict[str, Any]:
+        """Return the digest of the configuration."""
+        return {"kind": "architecture", "sha256": digest(self.architecture())}
+
+
+def _lacks_config(folder: Path) -> str | None:
+    if (folder / CONFIG).is_file():
+        return None
+    return f"has no {CONFIG}: it is no model in transformers' layout"

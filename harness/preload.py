@@ -1,0 +1,26 @@
+"""What the fork server imports once a sweep, so that no cell pays for it.
+
+Imports only: no tensor is made, no thread pool started, no CUDA touched, or children could not
+be forked safely. A method's own library is imported by the child that needs it.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import accelerate  # noqa: F401
+import torch
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import harness.measure
+import harness.quantize
+import harness.reference  # noqa: F401
+
+# Objects alive now are never collected in a child, so their pages stay shared.
+gc.freeze()
+
+
+def limit_threads(threads: int) -> None:
+    """Let torch use `threads` CPU threads in this process."""
+    torch.set_num_threads(threads)

@@ -1,0 +1,162 @@
+"""What a cell leaves behind: values, each with its protocol and unit, in one record on disk.
+
+A record is `record.json` in the cell's folder. It is written to a temporary file, synced and
+renamed, and carries a SHA-256 digest of its own content, so a reader sees a whole record or none.
+Standard library only: reports read records on machines without torch.
+
+Numbers are JSON numbers as Python writes them (`NaN` and `Infinity` literals included: a
+perplexity that overflowed is a result, not a missing one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+SCHEMA = 1
+FILE_NAME = "record.json"
+
+Status = Literal["ok", "partial", "failed"]
+
+
+class RecordError(ValueError):
+    """A record that cannot be trusted: unreadable, damaged, or of another schema."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number.
+
+    `metric` carries its unit where it has one (`_seconds`, `_bytes`, `_per_second`); `protocol`
+    names the exact way of measuring, so that equal pairs (metric, protocol) may share a column.
+    `samples` are the raw observations behind the value (per window, per token, per question).
+    """
+
+    measure: str
+    metric: str
+    protocol: str
+    value: float
+    unit: str
+    higher_is_better: bool | None
+    stderr: float | None = None
+    samples: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that went wrong in one stage of a cell, as one sentence."""
+
+    stage: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything known of one cell.
+
+    `config` holds the summary of the axes (`model`, `method`, `bits`, `group_size`, `hardware`,
+    `suite`), the identities (`cell_key`, `artefact_key`), the `command` that runs the cell again
+    and the `resolved` configuration. `details` holds what is not a number: kernel provenance,
+    generated texts, coverage, notes.
+    """
+
+    cell: str
+    status: Status
+    config: dict[str, Any]
+    values: tuple[Value, ...] = ()
+    errors: tuple[Failure, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+
+def digest(payload: Any) -> str:
+    """Return the SHA-256 hex digest of `payload` in canonical JSON."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write `record` into `folder` (made if missing) and return the path of the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = asdict(record)
+    document = {"digest": digest(payload), "record": payload}
+    path = folder / FILE_NAME
+    write_atomically(path, json.dumps(document, ensure_ascii=False, indent=1).encode())
+    return path
+
+
+def read_record(folder: Path) -> Record:
+    """Read the record in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RecordError: it is damaged or of another schema; the sentence says which.
+    """
+    path = folder / FILE_NAME
+    try:
+        document = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(f"{path} is not a record: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("record"), dict):
+        raise RecordError(f"{path} is not a record: it has no 'record' object")
+    payload = cast(dict[str, Any], document["record"])
+    if payload.get("schema") != SCHEMA:
+        raise RecordError(
+            f"{path} has schema {payload.get('schema')!r}; this version reads schema {SCHEMA}"
+        )
+    # JSON turns tuples into lists; the digest was taken over tuples, whose JSON is the same.
+    if document.get("digest") != digest(payload):
+        raise RecordError(f"{path} is damaged: its digest does not match its content")
+    return _from_payload(payload, path)
+
+
+def read_records(runs_dir: Path) -> tuple[list[Record], list[str]]:
+    """Read every record under `runs_dir`, sorted by cell; also the sentences of those unreadable."""
+    records: list[Record] = []
+    problems: list[str] = []
+    for path in sorted(runs_dir.glob(f"*/{FILE_NAME}")):
+        try:
+            records.append(read_record(path.parent))
+        except RecordError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _from_payload(payload: Mapping[str, Any], path: Path) -> Record:
+    try:
+        values = tuple(
+            Value(**{**value, "samples": tuple(value["samples"])}) for value in payload["values"]
+        )
+        errors = tuple(Failure(**error) for error in payload["errors"])
+        rest = {k: v for k, v in payload.items() if k not in ("values", "errors")}
+        return Record(**rest, values=values, errors=errors)
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a record of schema {SCHEMA}: {error}") from error

@@ -1,0 +1,49 @@
+"""Before the first cell of a run: what cannot work is refused, what is missing is planned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from harness.cell import Cell
+from harness.launch import run_child
+from harness.plan import write_plan
+from kernels.errors import ConfigError
+
+EXIT_REFUSED = 2
+
+
+def check_cells(cells: Sequence[Cell], folder: Path) -> None:
+    """Instantiate the methods and measures of `cells` in a child.
+
+    Raises:
+        ConfigError: something cannot work; one sentence a line.
+    """
+    if not cells:
+        return
+    problems = folder / "problems.json"
+    job = {"configs": [cell.config for cell in cells], "problems": str(problems)}
+    hardware = instantiate(cells[0].config["hardware"])
+    outcome = run_child("harness.check:main", job, folder, hardware, lambda text: None)
+    if outcome.failure is not None:
+        raise ConfigError(outcome.failure.message)
+    sentences = json.loads(problems.read_text())
+    problems.unlink()
+    if sentences:
+        raise ConfigError("\n".join(sentences))
+
+
+def plan_cells(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Check the cells that are missing, write the plan, and return them.
+
+    Raises:
+        ConfigError: as `check_cells`.
+    """
+    there = {cell.id for cell in cells if cell.finished() and not cell.config["force"]}
+    missing = [cell for cell in cells if cell.id not in there]
+    check_cells(missing, folder)
+    write_plan(folder, [cell.id for cell in cells], sorted(there))
+    return missing

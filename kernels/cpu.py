@@ -1,0 +1,137 @@
+"""PyTorch's own packed CPU kernels, and how stored weights are turned into their formats.
+
+Both take activations in float32, bfloat16 and float16 and want their scales in the same type.
+
+- `aten::_weight_int4pack_mm_for_cpu`: weight = (code - 8) * scale + offset, groups of 32, 64, 128
+  or 256 inputs, rows in blocks of 16. Ours is scale * (code - zero_point), so
+  offset = scale * (8 - zero_point), which is 0 where symmetric. Larger groups that 32 divides are
+  cut into groups the kernel has, with equal scales; rows and inputs are filled up with zeros. All
+  of this is exact in float32; in narrower types scale and offset are rounded to them.
+- `aten::_weight_int8pack_mm`: weight = int8 * scale, one scale a row. With a zero point,
+  y = scale * (x @ (code - 128).T) - scale * (zero_point - 128) * sum(x): one more sum per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.pack import unpack
+from kernels.reference import unpack_zero_point
+
+INT4_GROUPS = (256, 128, 64, 32)
+INT4_ROWS = 16
+INT4_BLOCK_ROWS = 1024
+"""Rows converted at once; a multiple of every row block the kernel uses, so that blocks join."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored matrix: tensors and sizes as `kernels.reference.packed_linear` takes them.
+
+    `columns` is the true width of a row; the groups may cover more.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group_size: int
+    columns: int
+
+
+class Int4Linear(nn.Module):
+    """4-bit weights in the format of the kernel: [..., in] -> [..., out], in `dtype` only."""
+
+    kernel = "aten::_weight_int4pack_mm_for_cpu"
+
+    @staticmethod
+    def refusal(group_size: int) -> str | None:
+        """Return what the kernel cannot do for groups of `group_size`, None where it can."""
+        if group_size == -1 or group_size % INT4_GROUPS[-1] == 0:
+            return None
+        return f"takes no groups of {group_size} inputs, only multiples of {INT4_GROUPS[-1]}"
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, groups = stored.packed.shape[0], stored.scale.shape[-1]
+        covered = stored.columns if stored.group_size == -1 else groups * stored.group_size
+        self.width = -(-covered // INT4_GROUPS[-1]) * INT4_GROUPS[-1]
+        self.group_size = next(size for size in INT4_GROUPS if (self.width // groups) % size == 0)
+        self.weight = nn.Buffer(_int4_weight(stored.packed, covered, self.width))
+        self.scales = nn.Buffer(
+            _int4_scales(stored, self.width // groups // self.group_size).to(dtype)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the packed weight."""
+        rows = functional.pad(x.flatten(0, -2), (0, self.width - x.shape[-1])).contiguous()
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.weight, self.group_size, self.scales
+        )
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+
+def _int4_weight(packed: Tensor, covered: int, width: int) -> Tensor:
+    """Convert packed rows to the kernel's order, some rows at a time: it wants int32 codes."""
+    blocks = []
+    for start in range(0, packed.shape[0], INT4_BLOCK_ROWS):
+        rows = packed[start : start + INT4_BLOCK_ROWS]
+        missing = -rows.shape[0] % INT4_ROWS
+        codes = functional.pad(unpack(rows, 4, covered), (0, width - covered, 0, missing))
+        blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
+    return torch.cat(blocks)
+
+
+def _int4_scales(stored: Stored, repeats: int) -> Tensor:
+    """Return scale and offset as float32 [groups * repeats, rows filled up, 2]."""
+    scale = stored.scale.float()
+    zero_point = unpack_zero_point(stored.zero_point, stored.scale, 4)
+    offset = torch.zeros_like(scale) if zero_point is None else scale * (8 - zero_point.float())
+    out = stored.packed.shape[0]
+    both = torch.stack([scale, offset], dim=-1).expand(out, -1, -1)
+    both = functional.pad(both, (0, 0, 0, 0, 0, -out % INT4_ROWS))
+    return both.transpose(0, 1).repeat_interleave(repeats, dim=0).contiguous()
+
+
+class Int8Linear(nn.Module):
+    """8-bit weights in the format of the kernel: [..., in] -> [..., out], in `dtype` only."""
+
+    kernel = "aten::_weight_int8pack_mm"
+
+    @staticmethod
+    def refusal(group_size: int) -> str | None:
+        """Return what the kernel cannot do for groups of `group_size`, None where it can."""
+        if group_size == -1:
+            return None
+        return f"takes one scale a row, not groups of {group_size} inputs"
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        super().__init__()
+        out = stored.packed.shape[0]
+        scale = stored.scale.float().squeeze(-1)
+        zero_point = unpack_zero_point(stored.zero_point, stored.scale, 8)
+        # Flipping the highest bit of a byte subtracts 128 from it, read as a signed number.
+        self.weight = nn.Buffer((stored.packed ^ 0x80).view(torch.int8))
+        self.scale = nn.Buffer(scale.to(dtype).expand(out).contiguous())
+        correction = None
+        if zero_point is not None:
+            correction = scale * (zero_point.squeeze(-1).float() - 128)
+            correction = correction.expand(out).contiguous()
+        self.correction = None if correction is None else nn.Buffer(correction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the packed weight, and take off what the zero points add."""
+        rows = x.flatten(0, -2).contiguous()
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        if self.correction is not None:
+            sums = rows.sum(-1, keepdim=True, dtype=torch.float32)
+            y = (y - sums * self.correction).to(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+PACKED_LINEARS: dict[int, type[Int4Linear] | type[Int8Linear]] = {4: Int4Linear, 8: Int8Linear}
+"""Bits -> the packed linear this device has; bits that are not here have none."""

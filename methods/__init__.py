@@ -1,0 +1,1 @@
+"""One quantization method a file: how a model becomes an artefact, and an artefact an engine."""

@@ -1,0 +1,111 @@
+"""A folder that holds a model in a method's own format, written and loaded without pickles.
+
+`model.safetensors` holds every tensor once, `layers.json` the facts from which the replaced modules
+are built again, `config.json` the architecture in Hugging Face layout. The folder is complete: it
+can be copied elsewhere and loaded there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+WEIGHTS = "model.safetensors"
+LAYERS = "layers.json"
+FORMAT = 1
+
+Facts = dict[str, Any]
+
+
+def save(
+    model: Any, into: Path, layers: dict[str, Facts], dtype: torch.dtype | None = None
+) -> None:
+    """Write `model` into folder `into`.
+
+    `layers` maps the names of replaced modules to JSON facts; their buffers are stored as they are.
+    Every other floating tensor is stored in `dtype`, by default that of the model's checkpoint.
+    """
+    dtype = dtype or checkpoint_dtype(model)
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        inside = any(name.startswith(f"{layer}.") for layer in _parents(name) if layer in layers)
+        tensors[name] = tensor if inside or not tensor.is_floating_point() else tensor.to(dtype)
+    into.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, into / WEIGHTS, {"format": "pt"})
+    facts = {"format": FORMAT, "layers": layers, "tied": tied}
+    (into / LAYERS).write_text(json.dumps(facts, indent=1))
+    model.config.save_pretrained(into)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(into)
+
+
+def checkpoint_dtype(model: Any) -> torch.dtype:
+    """Return the floating type the model's checkpoint is stored in (float32 where it says none)."""
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def skeleton(folder: Path) -> Any:
+    """Return the model of `folder`'s config.json with parameters on meta and real buffers."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Replaced expert stacks are read expert by expert; grouped kernels want plain parameters.
+    config._experts_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load(
+    artefact: Path,
+    build: Callable[[str, Facts], nn.Module],
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> Any:
+    """Load the model in folder `artefact`, in eval mode, on `device`.
+
+    `build(name, facts)` returns the empty module for each replaced layer; its tensors keep the
+    types they are stored in. All other floating tensors are converted to `dtype`.
+    """
+    document = json.loads((artefact / LAYERS).read_text())
+    if document.get("format") != FORMAT:
+        raise ValueError(f"{artefact / LAYERS} has format {document.get('format')!r}, not {FORMAT}")
+    layers: dict[str, Facts] = document["layers"]
+    model = skeleton(artefact)
+    for name, facts in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        owner._parameters.pop(attribute, None)
+        setattr(owner, attribute, build(name, facts))
+    tensors = load_file(artefact / WEIGHTS, device=device)
+    for name in list(tensors):
+        inside = any(parent in layers for parent in _parents(name))
+        if tensors[name].is_floating_point() and not inside:
+            tensors[name] = tensors[name].to(dtype)
+    for name, source in document["tied"].items():
+        tensors[name] = tensors[source]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    for buffer_owner in model.modules():
+        for key, buffer in buffer_owner._buffers.items():
+            if buffer is not None and buffer.device.type != torch.device(device).type:
+                buffer_owner._buffers[key] = buffer.to(device)
+    return model.eval().requires_grad_(False)

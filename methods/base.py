@@ -1,0 +1,195 @@
+"""The two protocols the project turns on: a method makes artefacts, an engine answers tokens.
+
+A method is a frozen dataclass whose fields are the schema of its YAML file. It writes an artefact
+in its own deployable format, and loads that artefact again as an engine; what is measured is
+always the loaded engine, never the object left behind by quantizing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels.errors import ConfigError
+
+Execution = Literal["packed", "dequantized", "simulated"]
+"""How a matrix is run: a kernel reads the packed weights; they are converted at each call; or
+rounded values are stored as floats (no speed, memory or size figure)."""
+
+Role = Literal["block", "head", "embedding"]
+
+Cache = Any
+"""State behind the tokens already read; only the engine that made it can look inside."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of the model: `count` copies of [out_features, in_features]."""
+
+    name: str
+    role: Role
+    out_features: int
+    in_features: int
+    count: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, all copies together."""
+        return self.count * self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """Which kernel runs one matrix: the provenance that a record states."""
+
+    name: str
+    layer: str
+    kernel: str
+    execution: Execution
+    weights: int
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a method says of the artefact it wrote, beside the files.
+
+    Attributes:
+        quantized: the matrices stored in the method's own format.
+        stored_bits: all bits stored for them, scales, zero points and indices included.
+        left_out: (name, number of weights, why) of every other parameter.
+        notes: sentences a reader of the row must know.
+    """
+
+    quantized: Sequence[Matrix]
+    stored_bits: int
+    left_out: Sequence[tuple[str, int, str]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much of the calibration text a method is shown: crops drawn with `seed`."""
+
+    samples: int
+    seq_len: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for field in ("samples", "seq_len"):
+            if getattr(self, field) < 1:
+                raise ConfigError(
+                    f"calibration.{field} is {getattr(self, field)}; it must be 1 or more"
+                )
+
+
+class Hardware(Protocol):
+    """The part of `harness.hardware.Hardware` that a method may ask."""
+
+    @property
+    def device(self) -> str:
+        """Device as torch names it: `cpu`, `cuda`."""
+        ...
+
+    @property
+    def compute_dtype(self) -> str:
+        """Floating type of activations: `float32`, `bfloat16`, `float16`."""
+        ...
+
+    @property
+    def allow_fallback(self) -> bool:
+        """Whether a matrix without a kernel of its own may be dequantized at each call."""
+        ...
+
+
+class Engine(Protocol):
+    """The deployed model, as every measure sees it."""
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Subset of `logits`, `cache`, `generate`, `logprobs`: a measure asks before it runs."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Width V of the logits."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the model takes at once."""
+        ...
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, cache: Cache | None = None, last: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Read int64 [B, T]; return float32 logits [B, last or T, V] and the state behind them."""
+        ...
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read one int64 token a sequence [B, 1]; return float32 logits [B, 1, V] and the state."""
+        ...
+
+    def kernels(self) -> list[KernelUse]:
+        """Return layer class, kernel and execution state of each matrix."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+class Method(Protocol):
+    """A quantization scheme with all its options.
+
+    A method that is shown text has a field `calibration: Calibration`, so that the text is part
+    of its artefact's identity; `needs_calibration` says so.
+    """
+
+    needs_calibration: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """Name of the method as tables show it."""
+        ...
+
+    @property
+    def bits(self) -> float | None:
+        """Bits of a stored weight without scales; None where the method has no single one."""
+        ...
+
+    @property
+    def group_size(self) -> int | None:
+        """Consecutive inputs that share a scale; -1 is per channel, None: no such notion."""
+        ...
+
+    def check(self, hardware: Hardware) -> None:
+        """Raise ConfigError where the options, or they on this hardware, cannot run."""
+        ...
+
+    def stored_bits(self, matrix: Matrix) -> int:
+        """Return the bits this method stores for `matrix`, by arithmetic alone."""
+        ...
+
+    def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
+        """Return the matrices the method covers in `model` (may be on meta), and what it leaves."""
+        ...
+
+    def quantize(
+        self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
+    ) -> QuantizeReport:
+        """Write the artefact of `model` (float32 on the CPU, changed in place) into folder `into`.
+
+        `calibration` is int64 [samples, seq_len] where `needs_calibration`, else None.
+        """
+        ...
+
+    def load(self, artefact: Path, hardware: Hardware) -> Engine:
+        """Load the artefact in folder `artefact` for `hardware`."""
+        ...

@@ -1,0 +1,70 @@
+"""A transformers causal language model behind the `Engine` protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from methods.base import Cache, KernelUse
+
+CAPABILITIES = frozenset({"logits", "cache", "generate", "logprobs"})
+
+
+class TorchEngine:
+    """Runs `model` (in eval mode, on `device`) token by token, with its keys and values kept.
+
+    The cache handed in is advanced in place and handed back. Sequences of a batch have equal
+    length; a causal model may be right-padded, since no token sees what follows it.
+    """
+
+    def __init__(self, model: Any, device: str, uses: list[KernelUse]) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self._uses = uses
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Everything: logits, a cache, generation, log-probabilities."""
+        return CAPABILITIES
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the model takes at once."""
+        return int(self.model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, cache: Cache | None = None, last: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Read int64 [B, T]; return float32 logits [B, last or T, V] on the CPU or the device."""
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        output = self.model(
+            input_ids=input_ids.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last or 0,
+        )
+        return output.logits.float(), output.past_key_values
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read int64 [B, 1]; return float32 logits [B, 1, V] and the advanced cache."""
+        return self.prefill(token, cache)
+
+    def kernels(self) -> list[KernelUse]:
+        """Return what runs each matrix."""
+        return list(self._uses)
+
+    def close(self) -> None:
+        """Drop the model, so that its memory is free for the next engine."""
+        self.model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,98 @@
+"""Artefacts of packed modules: loading them, and holding the packed path against the plain one.
+
+A method that stores its weights as `methods.linear` has them needs no more than this to be
+deployed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from methods import artefact as artefacts
+from methods.base import Engine, Hardware
+from methods.engine import TorchEngine
+from methods.linear import QuantizedModule, empty
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
+"""Type of the activations -> largest difference of the logits of the two paths, root mean square
+over that of the logits. Float32 kernels differ by the order of their sums (1e-6 of a matrix
+product); in the narrow types the kernels also round scales, and each product is rounded. A wrong
+nibble order or zero point gives 1 and more."""
+
+DECODED_TOKENS = 4
+"""Tokens that are fed one at a time, so that the kernels of one row are seen."""
+
+
+class PathDisagreement(RuntimeError):
+    """The packed kernels do not compute what the stored weights say."""
+
+
+@dataclass(frozen=True)
+class PathComparison:
+    """Relative differences of the logits of packed and dequantized weights."""
+
+    prefill: float
+    decode: float
+    tolerance: float
+
+
+def load_engine(artefact: Path, hardware: Hardware, packed: bool = True) -> TorchEngine:
+    """Load an artefact for `hardware`; `packed=False` dequantizes every matrix at each call.
+
+    Raises:
+        ConfigError: a packed kernel refuses a matrix and `hardware` allows no fallback.
+    """
+    dtype = getattr(torch, hardware.compute_dtype)
+    model = artefacts.load(artefact, lambda name, facts: empty(facts), dtype, hardware.device)
+    uses = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            module.prepare(name, hardware, packed)
+            uses.append(module.use(name))
+    return TorchEngine(model, hardware.device, uses)
+
+
+def compare_paths(
+    packed: Engine, dequantized: Engine, input_ids: Tensor, tolerance: float
+) -> PathComparison:
+    """Compare two engines of one artefact on int64 `input_ids` [B, T], T above `DECODED_TOKENS`.
+
+    The last `DECODED_TOKENS` tokens are decoded one by one behind a prefill of the others.
+
+    Raises:
+        PathDisagreement: the logits of prefill or decode differ by more than `tolerance`.
+    """
+    split = input_ids.shape[1] - DECODED_TOKENS
+    one, other = (_logits(engine, input_ids, split) for engine in (packed, dequantized))
+    comparison = PathComparison(
+        prefill=_difference(one[0], other[0]),
+        decode=_difference(one[1], other[1]),
+        tolerance=tolerance,
+    )
+    for stage, difference in (("prefill", comparison.prefill), ("decode", comparison.decode)):
+        # Written so that NaN, too, is a disagreement.
+        if not difference <= tolerance:
+            raise PathDisagreement(
+                f"{stage}: logits of the packed and the dequantized weights differ by "
+                f"{difference:.3g} of their size; {tolerance:.3g} is tolerated"
+            )
+    return comparison
+
+
+def _logits(engine: Engine, input_ids: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    prefill, cache = engine.prefill(input_ids[:, :split])
+    steps = []
+    for position in range(split, input_ids.shape[1]):
+        logits, cache = engine.decode(input_ids[:, position : position + 1], cache)
+        steps.append(logits)
+    return prefill, torch.cat(steps, dim=1)
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the root mean square difference over that of `expected` about its mean per token."""
+    spread = expected - expected.mean(-1, keepdim=True)
+    return float((logits - expected).square().mean().sqrt() / spread.square().mean().sqrt())

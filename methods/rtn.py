@@ -1,0 +1,221 @@
+"""Round-to-nearest: every weight becomes the nearest of its group's levels, no data needed.
+
+The conventions are those of `methods.affine`; weights, scales and zero points are stored packed at
+their true widths (`kernels.pack`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from kernels.errors import ConfigError
+from methods import artefact as artefacts
+from methods.affine import LARGEST_GROUP, SMALLEST_GROUP, Affine, Quantized, quantize
+from methods.base import Engine, Hardware, Matrix, QuantizeReport
+from methods.layers import (
+    Scope,
+    Selection,
+    _stack_is_transposed,
+    bias_of,
+    check_finite,
+    is_tied,
+    replace,
+    select,
+    weight_of,
+)
+from methods.linear import Layout, QuantizedModule, module_of, packed_kernel
+from methods.packed import load_engine
+
+ON_INDIVISIBLE = ("error", "pad")
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round-to-nearest with all its options.
+
+    Attributes:
+        name: as tables show it.
+        bits, group_size, symmetric, per_tensor, scale_search, percentile, scale_dtype: see
+            `methods.affine.Affine`.
+        head, embeddings: quantize these too.
+        keep: shell patterns of module names that stay as they are.
+        on_indivisible: what to do where the group size does not divide a width: `error`, or `pad`
+            the row with zero weights.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    per_tensor: bool = False
+    scale_search: str = "minmax"
+    percentile: float = 99.9
+    scale_dtype: str = "float16"
+    head: bool = False
+    embeddings: bool = False
+    keep: tuple[str, ...] = ()
+    on_indivisible: str = "error"
+
+    needs_calibration: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        # Checked here, before any weight is loaded.
+        _ = self.affine
+        if isinstance(cast(Any, self.keep), str):
+            raise ConfigError(f"keep is {self.keep!r}; it must be a list, as [{self.keep}]")
+        # Hydra hands over a list of its own type, which cannot be hashed.
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if self.on_indivisible not in ON_INDIVISIBLE:
+            raise ConfigError(
+                f"on_indivisible is {self.on_indivisible!r}; it must be 'error' or 'pad'"
+            )
+
+    @property
+    def affine(self) -> Affine:
+        """The arithmetic the options ask for; raises ConfigError where there is none."""
+        return Affine(
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            self.per_tensor,
+            self.scale_search,
+            self.percentile,
+            self.scale_dtype,
+        )
+
+    def check(self, hardware: Hardware) -> None:
+        """Refuse FP16 activations on a CPU, and a fallback that the hardware does not allow."""
+        if hardware.device == "cpu" and hardware.compute_dtype == "float16":
+            raise ConfigError(
+                "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
+                "use 'float32' or 'bfloat16'"
+            )
+        packed_kernel(f"method {self.name}", self.bits, self.group_size, hardware)
+
+    def stored_bits(self, matrix: Matrix) -> int:
+        """Bits of the packed weights, scales and zero points of `matrix`, padding included."""
+        return Layout.of(matrix, self.affine).stored_bits
+
+    def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
+        """Return what is quantized and what is left.
+
+        Raises:
+            ConfigError: the group size does not divide a width and `on_indivisible` is `error`;
+                or an embedding does more than look rows up.
+        """
+        selection = select(model, Scope(self.head, self.embeddings, self.keep))
+        for matrix in selection.matrices:
+            if self.affine.padded(matrix.in_features) != matrix.in_features:
+                self._check_indivisible(matrix)
+            if matrix.role == "embedding":
+                _check_plain_embedding(model, matrix)
+        return selection.matrices, [*selection.left_out, *self._untied_head(model, selection)]
+
+    def _untied_head(self, model: nn.Module, selection: Selection) -> list[tuple[str, int, str]]:
+        """Return the head where it was one with an embedding that is now stored apart from it."""
+        roles = {matrix.role: matrix for matrix in selection.matrices}
+        if "embedding" not in roles or "head" in roles or not is_tied(model):
+            return []
+        return [("head", roles["embedding"].weights, "untied from the quantized embedding")]
+
+    def _check_indivisible(self, matrix: Matrix) -> None:
+        if self.on_indivisible == "pad":
+            return
+        sizes = range(SMALLEST_GROUP, LARGEST_GROUP + 1)
+        fitting = [str(size) for size in sizes if matrix.in_features % size == 0]
+        raise ConfigError(
+            f"layer {matrix.name}: its width {matrix.in_features} is not a multiple of group_size "
+            f"{self.group_size}; group sizes that fit it: {', '.join([*fitting, '-1'])} (-1 is per "
+            "channel); or set method.on_indivisible=pad"
+        )
+
+    def quantize(
+        self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
+    ) -> QuantizeReport:
+        """Replace the matrices by packed ones and write the model into folder `into`.
+
+        Raises:
+            ConfigError: a weight is not finite, or see `select`.
+        """
+        matrices, left_out = self.select(model)
+        notes = self._notes(model, matrices)
+        if is_tied(model) and any(matrix.role != "block" for matrix in matrices):
+            # Both are stored from here on, so the artefact must not tie them again.
+            cast(Any, model).config.tie_word_embeddings = False
+        layers: dict[str, dict[str, Any]] = {}
+        subnormal = 0
+        for matrix in matrices:
+            quantized = quantize(matrix.name, weight_of(model, matrix), self.affine)
+            subnormal += quantized.subnormal_scales
+            module = self._module(model, matrix, quantized)
+            layers[matrix.name] = module.facts()
+            replace(model, matrix, module)
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter)
+        if subnormal:
+            notes.append(
+                f"{subnormal} scales are below the smallest normal number of {self.scale_dtype} "
+                "and have fewer digits; scale_dtype=float32 would hold them"
+            )
+        artefacts.save(model, into, layers)
+        stored = sum(self.stored_bits(matrix) for matrix in matrices)
+        return QuantizeReport(matrices, stored, left_out, notes)
+
+    def _module(self, model: nn.Module, matrix: Matrix, quantized: Quantized) -> QuantizedModule:
+        """Return the packed module for `matrix`; its bias is stored as in the checkpoint."""
+        bias = bias_of(model, matrix)
+        if bias is not None:
+            bias = bias.to(artefacts.checkpoint_dtype(model))
+        layout = Layout.of(matrix, self.affine)
+        if quantized.codes.ndim == 3:
+            owner = model.get_submodule(matrix.name.rpartition(".")[0])
+            transposed = _stack_is_transposed(owner)
+            layout = dataclasses.replace(layout, kind="experts", transposed=transposed)
+        if bias is not None:
+            layout = dataclasses.replace(layout, bias=str(bias.dtype).removeprefix("torch."))
+        return module_of(layout).fill(quantized, bias)
+
+    def _notes(self, model: nn.Module, matrices: list[Matrix]) -> list[str]:
+        """Return what a reader of the row must know of `matrices` beside the options."""
+        notes = []
+        if self.symmetric and self.bits == 2:
+            notes.append("symmetric 2 bits: the codes used are -1, 0 and 1 (ternary)")
+        padded = {
+            (matrix.in_features, self.affine.padded(matrix.in_features))
+            for matrix in matrices
+            if self.affine.padded(matrix.in_features) != matrix.in_features
+        }
+        notes += [
+            f"rows of {width} inputs are padded to {stored} for group_size {self.group_size}; "
+            "the padding is stored and counted"
+            for width, stored in sorted(padded)
+        ]
+        roles = sorted({matrix.role for matrix in matrices} - {"block"})
+        if roles and is_tied(model):
+            notes.append(
+                f"head and embedding were one parameter; quantizing the {' and the '.join(roles)} "
+                "unties them, and both are stored"
+            )
+        return notes
+
+    def load(self, artefact: Path, hardware: Hardware) -> Engine:
+        """Load for `hardware` on its packed kernels where it has them."""
+        return load_engine(artefact, hardware)
+
+    def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
+        """Load for `hardware` with every matrix dequantized at each call, to compare with."""
+        return load_engine(artefact, hardware, packed=False)
+
+
+def _check_plain_embedding(model: nn.Module, matrix: Matrix) -> None:
+    kind = type(model.get_submodule(matrix.name))
+    if kind is not nn.Embedding:
+        raise ConfigError(
+            f"embedding {matrix.name} is a {kind.__name__}, which does more than look rows up; "
+            "set method.embeddings=false for this model"
+        )

@@ -1,0 +1,55 @@
+"""The end of a run: the summary table, the report, and the exit status.
+
+A Hydra callback, called in the driver after the last job, whichever launcher ran the jobs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from harness.plan import read_plan
+from harness.record import RecordError, read_record
+
+
+class Closing(Callback):
+    """Prints the table of the run's cells and writes the report of its folder."""
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """After a single cell."""
+        _close(Path(config.hydra.run.dir), Path(config.runs_dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """After a grid."""
+        _close(Path(config.hydra.sweep.dir), Path(config.runs_dir))
+
+
+def _close(folder: Path, runs_dir: Path) -> None:
+    from reports.render import write_report
+    from reports.table import summary_text
+
+    plan = read_plan(folder)
+    records, problems = [], []
+    for cell in plan.cells:
+        try:
+            records.append(read_record(runs_dir / cell))
+        except FileNotFoundError:
+            problems.append(f"{cell} has no record")
+        except RecordError as error:
+            problems.append(str(error))
+    if records:
+        print(f"\n{summary_text(records)}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    try:
+        pages = write_report(runs_dir)
+    except OSError as error:
+        print(f"error: the report could not be written: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"\nreport: {pages.html}")
+    if problems or any(record.status != "ok" for record in records):
+        raise SystemExit(1)

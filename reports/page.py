@@ -1,0 +1,238 @@
+"""The content of a report, gathered from records; Markdown and HTML lay out the same content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.record import Failure, Record
+from reports import sections, words
+from reports.findings import Finding, Plane, findings, plane, warnings
+from reports.rows import Group, Row, family, kernels, make_groups, make_rows
+from reports.sections import Coverage, KernelLine, Machine, Prompt, Said
+from reports.summary import Table, detail_table, summary_table
+
+FIGURES = ("artefact_bytes", "decode_tokens_per_second")
+QUALITY_FIRST = (
+    *("perplexity", "kl_mean", "kl_median", "kl_p90", "kl_p99", "kl_noise_floor"),
+    *("top1_agreement", "delta_p_mean", "mean_absolute_logit_difference", "nonfinite_logits"),
+    *("equal_tokens", "first_difference"),
+)
+SPEED_FIRST = (
+    *("prefill_tokens_per_second", "prefill_speedup", "ttft_seconds"),
+    *("decode_tokens_per_second", "decode_speedup", "tpot_seconds", "timing_spread"),
+    *("achieved_bytes_per_second", "copy_bytes_per_second"),
+)
+COST_FIRST = (
+    *("artefact_bytes", "quantized_bytes", "head_bytes", "embedding_bytes", "other_bytes"),
+    *("bits_per_weight", "computed_bytes", "computed_bits_per_weight", "peak_memory_bytes"),
+    *("kv_cache_bytes", "quantize_seconds", "quantize_peak_bytes", "load_seconds"),
+)
+
+DETAILS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
+    ("Tasks", {"tasks"}, ()),
+    ("Quality", {"perplexity", "divergence", "generation"}, QUALITY_FIRST),
+    ("Speed", {"speed"}, SPEED_FIRST),
+    ("Size, memory and preparation", {"size", "memory", "quantize", "load"}, COST_FIRST),
+)
+"""Tables below the summary: title, families of figures, and which metrics stand first."""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A table below the summary, with its heading."""
+
+    title: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure of a group: what to draw, and the name its files and ids start with."""
+
+    plane: Plane
+    name: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything shown of one group."""
+
+    group: Group
+    slug: str
+    table: Table
+    failed: tuple[Row, ...]
+    figures: tuple[FigureSpec, ...]
+    findings: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+    details: tuple[Detail, ...]
+    prompts: tuple[Prompt, ...]
+    kernels: tuple[KernelLine, ...]
+    coverages: tuple[Coverage, ...]
+    missing: tuple[Said, ...]
+    notes: tuple[Said, ...]
+    calibrations: tuple[Said, ...]
+    models: tuple[Said, ...]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A row that failed, or whose measures did in part."""
+
+    row: Row
+    errors: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole report."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    banners: tuple[str, ...]
+    sections: tuple[Section, ...]
+    troubles: tuple[Trouble, ...]
+    problems: tuple[str, ...]
+    machines: tuple[Machine, ...]
+    rows: tuple[Row, ...]
+    anchors: Mapping[str, str]
+    protocols: tuple[tuple[str, str, str], ...]
+
+
+def make_page(records: Sequence[Record], problems: Sequence[str] = ()) -> Page:
+    """Return the report of `records`; `problems` name the records that could not be read."""
+    rows = make_rows(records)
+    groups = make_groups(rows)
+    taken: set[str] = set()
+    machines = sections.machines(rows)
+    return Page(
+        title=f"Quantization compared: {_models(groups)}",
+        facts=_facts(rows, problems),
+        banners=tuple(_banners(groups, machines)),
+        sections=tuple(_section(group, taken) for group in groups),
+        troubles=tuple(
+            Trouble(row, row.record.errors) for row in rows if row.record.status != "ok"
+        ),
+        problems=tuple(problems),
+        machines=tuple(machines),
+        rows=tuple(rows),
+        anchors={row.record.cell: f"row-{index}" for index, row in enumerate(rows)},
+        protocols=tuple(_protocols(rows)),
+    )
+
+
+def _section(group: Group, taken: set[str]) -> Section:
+    slug = _slug(group.title, taken)
+    figures = []
+    for metric in FIGURES:
+        drawn = plane(group, metric)
+        if drawn is not None:
+            figures.append(FigureSpec(drawn, f"perplexity-{metric.split('_')[0]}-{slug}"))
+    details = [
+        Detail(title, detail_table(group, families, first)) for title, families, first in DETAILS
+    ]
+    known = {name for _, families, _ in DETAILS for name in families}
+    found = {family(value) for row in group.rows for value in row.values.values()}
+    details.append(Detail("Other figures", detail_table(group, found - known)))
+    return Section(
+        group=group,
+        slug=slug,
+        table=summary_table(group),
+        failed=tuple(row for row in group.rows if not row.measured),
+        figures=tuple(figures),
+        findings=tuple(findings(group)),
+        warnings=tuple(warnings(group)),
+        details=tuple(detail for detail in details if detail.table.columns),
+        prompts=tuple(sections.prompts(group)),
+        kernels=tuple(sections.kernel_lines(group)),
+        coverages=tuple(sections.coverages(group)),
+        missing=tuple(sections.missing(group)),
+        notes=tuple(sections.notes(group)),
+        calibrations=tuple(sections.calibrations(group)),
+        models=tuple(sections.models(group)),
+    )
+
+
+def main_kernel(row: Row) -> str:
+    """Return the kernel that runs most of the row's weights, and how many others there are."""
+    names = list(dict.fromkeys(str(entry.get("kernel", "")) for entry in kernels(row)))
+    if not names:
+        return ""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _models(groups: Sequence[Group]) -> str:
+    names = list(dict.fromkeys(group.model for group in groups))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _facts(rows: Sequence[Row], problems: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    states = [row.record.status for row in rows]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in ("ok", "partial", "failed") if s in states)
+    if problems:
+        counts += f", {len(problems)} unreadable"
+    started = sorted(row.record.started for row in rows if row.record.started)
+    facts = [
+        ("Cells", f"{len(rows) + len(problems)} ({counts})"),
+        ("Models", _distinct(row.model for row in rows)),
+        ("Methods", _distinct(row.method for row in rows)),
+        ("Hardware", _distinct(row.hardware for row in rows)),
+        ("Suite", _distinct(row.suite for row in rows)),
+        ("Text", _distinct(str(row.record.config.get("data") or "") for row in rows)),
+    ]
+    if started:
+        span = started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"
+        facts.append(("Measured", span))
+    return tuple((name, text) for name, text in facts if text)
+
+
+def _distinct(names: Iterable[str]) -> str:
+    return ", ".join(name for name in dict.fromkeys(names) if name)
+
+
+def _banners(groups: Sequence[Group], machines: Sequence[Machine]) -> list[str]:
+    banners = []
+    if any(sections.is_embedded(group) for group in groups):
+        banners.append(
+            "The model named embedded is the project's embedded demonstration model: a few million parameters, "
+            "trained by the project itself on text that it generates. Its figures show what the tool "
+            "does and say nothing of real language models."
+        )
+    drawn = list(dict.fromkeys(g.model for g in groups if any(r.random_weights for r in g.rows)))
+    if drawn:
+        banners.append(
+            f"The weights of {', '.join(drawn)} are random: speed, size and memory are measured, "
+            "quality is not and would mean nothing."
+        )
+    if len(machines) > 1:
+        what = (
+            "library versions or settings"
+            if sections.same_machine(machines)
+            else "machines: compare speed and memory only between rows of one machine"
+        )
+        banners.append(f"Rows come from different {what} (see Environment).")
+    return banners
+
+
+def _protocols(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Return (protocol, its metrics, one sentence) for every protocol among the rows."""
+    metrics: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for metric, protocol in row.values:
+            if protocol:
+                metrics.setdefault(protocol, {})[metric] = None
+    return [
+        (protocol, ", ".join(sorted(metrics[protocol])), words.protocol_sentence(protocol))
+        for protocol in sorted(metrics, key=words.natural)
+    ]
+
+
+def _slug(text: str, taken: set[str]) -> str:
+    """Return `text` as a part of a file name and of an id, unlike every other."""
+    plain = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:60] or "group"
+    slug, number = plain, 2
+    while slug in taken:
+        slug, number = f"{plain}-{number}", number + 1
+    taken.add(slug)
+    return slug

@@ -1,0 +1,176 @@
+"""Writes a report: data files, figures, and the pages `report.md` and `report.html`.
+
+The HTML page is self-contained: its style, its sorting script and its figures are in it, and its
+own policy forbids every request. All text from records is escaped, in Markdown as in HTML. A file
+is written to a temporary name and renamed; equal records give equal bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.record import Record, read_records, write_atomically
+from reports import plots, table, words
+from reports.page import Page, make_page, main_kernel
+from reports.plots import Drawing
+
+FOLDER = "report"
+FIGURE_PREFIX = "perplexity-"
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where the parts of a report are."""
+
+    folder: Path
+    html: Path
+    markdown: Path
+    results_csv: Path
+    results_parquet: Path
+    values_parquet: Path
+    figures: tuple[Path, ...]
+
+
+def write_report(runs_dir: Path) -> ReportPaths:
+    """Write the report of all records under `runs_dir` into `<runs_dir>/report/`.
+
+    Raises:
+        ReportError: the folder is missing or holds no record that can be read.
+        OSError: a file could not be written; no half-written file is left.
+    """
+    if not runs_dir.is_dir():
+        raise ReportError(f"there is no folder {runs_dir}; give the runs_dir of a sweep")
+    records, problems = read_records(runs_dir)
+    if not records:
+        damaged = f"; unreadable: {'; '.join(problems)}" if problems else ""
+        raise ReportError(
+            f"{runs_dir} holds no record (*/record.json) to report on{damaged}; "
+            "run `python run.py -m` first, or give another folder"
+        )
+    return write_pages(records, problems, runs_dir / FOLDER)
+
+
+def write_pages(
+    records: Sequence[Record], problems: Sequence[str], folder: Path
+) -> ReportPaths:
+    """Write the report of `records` into `folder`, made if missing."""
+    page = make_page(records, problems)
+    drawings = {
+        figure.name: plots.draw(figure.plane, page.anchors, figure.name)
+        for section in page.sections
+        for figure in section.figures
+    }
+    figures = {f"{name}.png": drawing.png for name, drawing in drawings.items()}
+    files = {
+        **figures,
+        "results.csv": table.results_csv(page.rows),
+        "results.parquet": table.results_parquet(page.rows),
+        "values.parquet": table.values_parquet(page.rows),
+        "report.md": markdown(page).encode(),
+        "report.html": html(page, drawings).encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    for old in folder.glob(f"{FIGURE_PREFIX}*.png"):
+        if old.name not in figures:
+            old.unlink()
+    return ReportPaths(
+        folder=folder,
+        html=folder / "report.html",
+        markdown=folder / "report.md",
+        results_csv=folder / "results.csv",
+        results_parquet=folder / "results.parquet",
+        values_parquet=folder / "values.parquet",
+        figures=tuple(folder / name for name in figures),
+    )
+
+
+def html(page: Page, drawings: dict[str, Drawing]) -> str:
+    """Return the HTML page."""
+    environment = _environment(autoescape=True)
+    environment.filters["breakable"] = _breakable
+    environment.filters["sortable"] = _sortable
+    templates = resources.files("reports") / "templates"
+    return environment.get_template("report.html.jinja").render(
+        **_context(page),
+        style=Markup((templates / "style.css").read_text()),
+        script=Markup((templates / "sort.js").read_text()),
+        svg={name: Markup(drawing.svg) for name, drawing in drawings.items()},
+    )
+
+
+def markdown(page: Page) -> str:
+    """Return the Markdown page, which shows the PNG files beside it."""
+    environment = _environment(finalize=_escape_markdown)
+    environment.filters["code"] = _code
+    environment.filters["fenced"] = _fenced
+    environment.filters["raw"] = Markup
+    text = environment.get_template("report.md.jinja").render(**_context(page))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _environment(**options: Any) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **options,
+    )
+    environment.filters["main_kernel"] = main_kernel
+    environment.filters["caption"] = plots.caption
+    return environment
+
+
+def _context(page: Page) -> dict[str, Any]:
+    return {"page": page, "reading": words.READING}
+
+
+def _breakable(text: object) -> Markup:
+    """Return `text` escaped, with places where a long name may break."""
+    return Markup(re.sub(r"(_|/|::)", r"\1<wbr>", escape(str(text))))
+
+
+def _sortable(value: float) -> str:
+    """Return `value` as JavaScript's Number() reads it."""
+    return repr(value).replace("inf", "Infinity").replace("nan", "NaN")
+
+
+def _escape_markdown(value: object) -> object:
+    """Return `value` as text that Markdown shows as it is, on one line."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
+    # Within a word an underscore is plain text.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def _code(value: object) -> Markup:
+    """Return `value` as inline code that may stand in a table."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return Markup(f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`")
+
+
+def _fenced(value: object) -> Markup:
+    """Return `value` as a block of code."""
+    text = str(value)
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return Markup(f"{ticks}\n{text}\n{ticks}")

@@ -1,0 +1,173 @@
+"""The table that a sweep ends with, as plain text: aligned, ASCII, no wider than the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from harness.record import Record
+from reports import words
+from reports.rows import Row, make_groups, make_rows
+from reports.summary import Column, Table, summary_table
+
+HEADS = {
+    "artefact_bytes": "size",
+    "bits_per_weight": "bits/w",
+    "computed_bytes": "computed",
+    "computed_bits_per_weight": "bits/w",
+    "peak_memory_bytes": "memory",
+    "perplexity": "perplexity",
+    "kl_mean": "KL",
+    "top1_agreement": "top-1",
+    "prefill_tokens_per_second": "prefill",
+    "decode_tokens_per_second": "decode",
+    "quantize_seconds": "quantize",
+}
+UNITS = {"tokens/s": "tok/s", "µs": "us"}
+DROPPED_FIRST = (
+    *("quantize_seconds", "top1_agreement", "prefill_tokens_per_second", "peak_memory_bytes"),
+    *("bits_per_weight", "computed_bits_per_weight", "kl_mean"),
+)
+"""What a narrow terminal goes without, in this order; task scores go before all of them."""
+
+MARKS = {"best": "*", "next": "+", "": " "}
+ABSENT = "n/m"
+WIDEST_LABEL = 32
+GAP = "  "
+
+
+def summary_text(records: Sequence[Record], problems: Sequence[str] = (), width: int = 120) -> str:
+    """Return the tables of `records`, at most `width` columns wide.
+
+    Each group of rows that compare has its table, the baseline first; failed cells and `problems`
+    (the sentences of records that could not be read) follow, each with its reason.
+    """
+    rows = make_rows(records)
+    blocks = [_group_text(summary_table(group), width) for group in make_groups(rows)]
+    failures = _failures(rows, problems, width)
+    return "\n\n".join([*blocks, *([failures] if failures else [])]) + "\n"
+
+
+def _group_text(table: Table, width: int) -> str:
+    group = table.group
+    baselines = [row.label for row in group.baselines]
+    title = f"{group.title}; baseline {baselines[0] if baselines else 'not measured'}"
+    if any(row.random_weights for row in group.rows):
+        title += "; random weights: no quality figures"
+    if not table.rows:
+        return f"{_clean(title)}\n  no cell of this group was measured"
+    columns, dropped = _fitting(table, width)
+    blocks = [_label_block(table), *(_block(column) for column in columns)]
+    lines = [GAP.join(parts).rstrip() for parts in zip(*blocks, strict=True)]
+    lines.insert(2, "-" * max(len(line) for line in lines))
+    return "\n".join([_clean(title), *lines, *_notes(table, columns, dropped, width)])
+
+
+def _fitting(table: Table, width: int) -> tuple[list[Column], list[Column]]:
+    """Return the columns that fit into `width`, and those left out for it."""
+    columns = _one_perplexity(table)
+    dropped: list[Column] = []
+    order = [c for c in reversed(columns) if c.family == "tasks"]
+    order += [c for metric in DROPPED_FIRST for c in columns if c.metric == metric]
+    label_width = len(_label_block(table)[0])
+    for column in order:
+        used = label_width + sum(len(GAP) + len(_block(c)[0]) for c in columns)
+        if used <= width:
+            break
+        columns = [c for c in columns if c is not column]
+        dropped.append(column)
+    return columns, dropped
+
+
+def _one_perplexity(table: Table) -> list[Column]:
+    found = [column for column in table.columns if column.family == "perplexity"]
+    return [column for column in table.columns if column not in found[1:]]
+
+
+def _label_block(table: Table) -> list[str]:
+    """Return two head lines and one line a row: label and execution state, padded."""
+    labels = [_label(row) for row in table.rows]
+    states = [row.execution for row in table.rows]
+    width = max(len(label) for label in [*labels, "method"])
+    state_width = max(len(state) for state in [*states, "execution"])
+    lines = [("method", "execution"), ("", ""), *zip(labels, states, strict=True)]
+    return [f"{label:<{width}}{GAP}{state:<{state_width}}" for label, state in lines]
+
+
+def _label(row: Row) -> str:
+    label = _clean(row.label)
+    return label if len(label) <= WIDEST_LABEL else f"{label[: WIDEST_LABEL - 3]}..."
+
+
+def _block(column: Column) -> list[str]:
+    """Return two head lines and one line a row, all of one width."""
+    texts = [
+        (_clean(cell.text) if cell.value is not None else ABSENT) + MARKS[cell.mark]
+        for cell in column.cells
+    ]
+    compares = [_clean(cell.compare) for cell in column.cells]
+    width = max(map(len, texts))
+    aside = max(map(len, compares))
+    head = column.head if column.family == "tasks" else HEADS.get(column.metric, column.metric)
+    heads = [_clean(head), UNITS.get(column.unit, column.unit)]
+    body = [
+        f"{text:>{width}}{f' {other:<{aside}}' if aside else ''}"
+        for text, other in zip(texts, compares, strict=True)
+    ]
+    # Heads stand over the figures; one that is wider takes room from the column of ratios first.
+    total = max(len(body[0]), *(len(h) + 1 for h in heads))
+    return [f"{f'{head:>{width - 1}}':<{total}}" for head in heads] + [
+        f"{line:<{total}}" if aside else f"{line:>{total}}" for line in body
+    ]
+
+
+def _notes(
+    table: Table, columns: Sequence[Column], dropped: Sequence[Column], width: int
+) -> list[str]:
+    protocols: dict[str, list[str]] = {}
+    for column in columns:
+        if column.family in ("perplexity", "divergence", "speed", "tasks"):
+            protocols.setdefault(column.protocol, []).append(
+                HEADS.get(column.metric, _clean(column.head))
+            )
+    notes = [f"{', '.join(heads)}: {_clean(name)}" for name, heads in protocols.items()]
+    marks = {cell.mark for column in columns for cell in column.cells}
+    legend = []
+    if marks & {"best", "next"}:
+        legend.append("* best of the column")
+    if "next" in marks:
+        legend.append("+ best after the baseline")
+    if any(cell.compare for column in columns for cell in column.cells):
+        legend.append("x0.27: the row over the baseline")
+    if any(cell.value is None for column in columns for cell in column.cells):
+        legend.append(f"{ABSENT}: not measured")
+    if dropped:
+        names = ", ".join(HEADS.get(c.metric, _clean(c.head)) for c in dropped)
+        legend.append(f"in the report only: {names}")
+    notes += ["; ".join(legend)] if legend else []
+    flagged = [
+        f"{_label(row)}: noisy timing"
+        for index, row in enumerate(table.rows)
+        if any(column.cells[index].flag for column in columns)
+    ]
+    return [line for note in [*notes, *flagged] for line in _wrapped(note, width)]
+
+
+def _failures(rows: Sequence[Row], problems: Sequence[str], width: int) -> str:
+    lines = []
+    for row in rows:
+        reasons = "; ".join(f"{error.stage}: {error.message}" for error in row.record.errors)
+        if row.record.status != "ok":
+            where = f"{row.label} ({row.model} on {row.hardware})"
+            reason = reasons or "the record gives no reason"
+            lines.append(f"{row.record.status.upper()} {where}: {reason}")
+    lines += [f"UNREADABLE {problem}" for problem in problems]
+    return "\n".join(part for line in lines for part in _wrapped(_clean(line), width))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="    ", break_long_words=True)
+
+
+def _clean(text: str) -> str:
+    return words.one_line(text).replace("×", "x").replace("–", "-").replace("µ", "u")

@@ -1,0 +1,345 @@
+"""How figures, column heads and protocols are put into words.
+
+Bytes are decimal (1 MB = 1,000,000 bytes). One column has one unit, chosen by its middle value,
+so that its figures compare by eye. A ratio is always this row over the baseline.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+NOT_MEASURED = "not measured"
+
+Kind = str
+"""How a metric is written: `bytes`, `seconds`, `rate`, `bandwidth`, `share`, `agreement`, `change`,
+`count`, `tokens`, `perplexity`, `ratio` or `number`."""
+
+_KINDS: dict[str, Kind] = {
+    "perplexity": "perplexity",
+    "top1_agreement": "agreement",
+    "equal_tokens": "agreement",
+    "delta_p_mean": "change",
+    "first_difference": "tokens",
+    "nonfinite_logits": "count",
+    "prefill_speedup": "ratio",
+    "decode_speedup": "ratio",
+    "timing_spread": "share",
+}
+_TASK_SCORE = re.compile(r"acc(_norm)?|exact_match(_\w+)?|pass(@|_at_)\d+")
+
+_TITLES = {
+    "artefact_bytes": "Size on disk",
+    "bits_per_weight": "Bits a weight",
+    "quantized_bytes": "Quantized matrices",
+    "head_bytes": "Head",
+    "embedding_bytes": "Embeddings",
+    "other_bytes": "Everything else",
+    "computed_bytes": "Size, computed",
+    "computed_bits_per_weight": "Bits a weight, computed",
+    "peak_memory_bytes": "Peak memory",
+    "kv_cache_bytes": "KV cache",
+    "quantize_seconds": "Quantize",
+    "quantize_peak_bytes": "Quantize, peak memory",
+    "load_seconds": "Load",
+    "perplexity": "Perplexity",
+    "kl_mean": "KL, mean",
+    "kl_median": "KL, median",
+    "kl_p90": "KL, p90",
+    "kl_p99": "KL, p99",
+    "kl_noise_floor": "KL noise floor",
+    "top1_agreement": "Same first choice",
+    "delta_p_mean": "Change of target's probability",
+    "mean_absolute_logit_difference": "Mean logit difference",
+    "nonfinite_logits": "Non-finite logits",
+    "equal_tokens": "Equal tokens",
+    "first_difference": "First difference",
+    "prefill_tokens_per_second": "Prefill",
+    "ttft_seconds": "Time to first token",
+    "decode_tokens_per_second": "Decode",
+    "tpot_seconds": "Time per token",
+    "prefill_speedup": "Prefill speed-up",
+    "decode_speedup": "Decode speed-up",
+    "achieved_bytes_per_second": "Weights read",
+    "copy_bytes_per_second": "Copy bandwidth",
+    "timing_spread": "Spread of timing",
+}
+
+_SCALES: dict[Kind, tuple[tuple[float, str], ...]] = {
+    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
+    # One unit, since two columns of it are compared with each other.
+    "bandwidth": ((1e9, "GB/s"),),
+    "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+}
+_UNITS = {
+    "rate": "tokens/s",
+    "share": "%",
+    "agreement": "%",
+    "change": "%",
+    "ratio": "×",
+    "tokens": "tokens",
+}
+_FIXED_DECIMALS = {"share": 1, "agreement": 2, "ratio": 2}
+
+
+def kind(metric: str) -> Kind:
+    """Return how `metric` is written, known from its name and the unit at its end."""
+    if metric in _KINDS:
+        return _KINDS[metric]
+    if _TASK_SCORE.fullmatch(metric):
+        return "share"
+    for ending, found in (
+        ("_bytes_per_second", "bandwidth"),
+        ("_per_second", "rate"),
+        ("_bytes", "bytes"),
+        ("_seconds", "seconds"),
+    ):
+        if metric.endswith(ending):
+            return found
+    return "number"
+
+
+def title(metric: str) -> str:
+    """Return the head of a column of `metric`."""
+    return _TITLES.get(metric, metric.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the figures of one column are written: the unit once, in the head."""
+
+    unit: str
+    write: Callable[[float], str]
+    factor: float = 1.0
+
+    def spread(self, stderr: float | None) -> str:
+        """Return a standard error in the column's unit, empty where there is none."""
+        if stderr is None or not math.isfinite(stderr):
+            return ""
+        return f"± {stderr / self.factor:.2g}"
+
+
+def column_format(metric: str, values: Iterable[float]) -> Format:
+    """Return one unit and one number of decimals for all `values` of a column."""
+    how = kind(metric)
+    finite = sorted(abs(value) for value in values if math.isfinite(value) and value != 0)
+    factor, unit = _scale(how, finite[len(finite) // 2] if finite else 1.0)
+    if unit == "%":
+        factor = 0.01
+    if how in ("count", "tokens"):
+        return Format(unit, lambda value: spell(value, lambda v: f"{v:,.4g}"))
+    if (_uneven(finite) and how not in _FIXED_DECIMALS) or how == "perplexity":
+        return Format(unit, lambda value: spell(value / factor, significant), factor)
+    decimals = _decimals(finite[0] / factor) if finite else 1
+    decimals = _FIXED_DECIMALS.get(how, decimals)
+    sign = "+" if how == "change" else ""
+    return Format(
+        unit, lambda value: spell(value / factor, lambda v: f"{v:{sign},.{decimals}f}"), factor
+    )
+
+
+def figure(metric: str, value: float) -> str:
+    """Return one value with its unit."""
+    format_ = column_format(metric, [value])
+    return f"{format_.write(value)} {format_.unit}".rstrip()
+
+
+def spell(value: float, finite: Callable[[float], str]) -> str:
+    """Return `value` as `finite` writes it, or in words where it is not finite."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    return finite(value)
+
+
+def significant(value: float) -> str:
+    """Return four digits (three below 1), with an exponent only where plain ones would be long."""
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    digits = 3 if abs(value) < 1 else 4
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def ratio(value: float) -> str:
+    """Return a ratio to the baseline: `x0.27`, `x3.1`, `x120`."""
+    if not math.isfinite(value):
+        return ""
+    if value >= 1e5:
+        return f"×{value:.0e}"
+    return f"×{value:.2f}" if value < 10 else f"×{value:,.0f}"
+
+
+def increase(value: float) -> str:
+    """Return a ratio to the baseline as a change in percent, as a ratio where it is far off."""
+    if not math.isfinite(value):
+        return ""
+    if value >= 2:
+        return ratio(value)
+    percent = 100 * (value - 1)
+    return f"{percent:+.{2 if abs(percent) < 1 else 1}f} %"
+
+
+def points(difference: float) -> str:
+    """Return a difference of two shares in percentage points."""
+    return f"{100 * difference:+.1f} points" if math.isfinite(difference) else ""
+
+
+def bits(value: float | None) -> str:
+    """Return a bit width; a dash where the method has no single one."""
+    return "–" if value is None else f"{value:g}"
+
+
+def group_size(value: int | None) -> str:
+    """Return a group size in words; a dash where the method has no groups."""
+    if value is None:
+        return "–"
+    return "channel" if value == -1 else f"{value}"
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sorting key that puts `batch4` before `batch16`."""
+    parts = re.findall(r"\d+|\D+", text)
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+
+
+def one_line(text: object) -> str:
+    """Return `text` on one line, without control characters that would act on a terminal."""
+    joined = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in joined)
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return `1 row`, `2 rows`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _scale(how: Kind, middle: float) -> tuple[float, str]:
+    scales = _SCALES.get(how)
+    if scales is None:
+        return 1.0, _UNITS.get(how, "")
+    return next((scale for scale in scales if middle >= scale[0]), scales[-1])
+
+
+def _uneven(finite: list[float]) -> bool:
+    """Whether fixed decimals would hide the small figures or flood the large ones."""
+    return bool(finite) and (finite[-1] / finite[0] > 1e4 or finite[0] < 1e-5)
+
+
+def _decimals(smallest: float) -> int:
+    """Return the decimals that show three digits of the smallest figure of a column."""
+    return max(0, 2 - math.floor(math.log10(smallest)))
+
+
+READING = (
+    "Every row is one saved model, loaded again from disk and measured in a process of its own.",
+    "Rows are compared with the baseline of their own group: one model on one hardware, the same "
+    "metric under the same protocol. Figures under two protocols are never put side by side in "
+    "one column.",
+    "Execution: packed means that a kernel reads the packed weights; dequantized, that they are "
+    "packed in memory and converted at each call, which is often why a quantized model is slower; "
+    "simulated, that rounded values are stored as floats, so such a row has no speed, memory or "
+    "size.",
+    "Bytes are decimal: 1 MB is 1,000,000 bytes. Bits a weight count everything stored for the "
+    "quantized matrices, scales and zero points included, over their weights.",
+    "Perplexity is exp of the mean loss for a token of the text: lower is better, and only "
+    "figures of one protocol and one text compare. KL is how far the predictions moved from the "
+    "unquantized model's, in nats a token; at or below the noise floor, nothing changed.",
+    "The Pareto front holds the rows that no other row beats in both of a figure's axes.",
+    f"Where no figure stands, the field says why: {NOT_MEASURED}, failed, simulated, or random "
+    "weights. Infinite and NaN are results, not gaps.",
+    "A difference here is not tested against noise; figures of a screening, and speeds flagged "
+    "as noisy, should be measured again before anything is decided on them.",
+)
+"""What a reader must know before using the tables."""
+
+_TEXT = r"(?P<text>.+)"
+_FIRST = r"(?:_first(?P<first>\d+))?"
+_PROTOCOLS: tuple[tuple[str, str], ...] = (
+    (
+        rf"{_TEXT}_gptq_(?P<n>\d+){_FIRST}",
+        "GPTQ protocol: the rows of {text} joined by blank lines and tokenized once, cut into "
+        "windows of {n} tokens that do not overlap, the tail dropped, {n} - 1 predictions a "
+        "window, float32 logits, exp of the mean loss over all predictions{first}.",
+    ),
+    (
+        rf"{_TEXT}_llamacpp_(?P<n>\d+){_FIRST}",
+        "llama.cpp protocol: the raw file of {text} in windows of {n} tokens, the first replaced "
+        "by BOS where the model uses one, only the second half of each window scored{first}.",
+    ),
+    (
+        rf"{_TEXT}_word",
+        "lm-eval's word perplexity of {text}: a page at a time, normalised by the words of the "
+        "original text.",
+    ),
+    (
+        r"greedy_(?P<n>\d+)x(?P<length>\d+)",
+        "Greedy generation: {n} prompts continued by {length} tokens each, compared token by "
+        "token with what the unquantized model generates.",
+    ),
+    (
+        rf"{_TEXT}_(?P<n>\d+)shot(?:_limit(?P<limit>\d+))?",
+        "lm-eval's task {text} with {n} examples in the prompt{limit}.",
+    ),
+    (
+        r"prompt(?P<n>\d+)(?:_depth(?P<depth>\d+))?(?:_batch(?P<batch>\d+))?",
+        "Speed with a prompt of {n} tokens{depth}{batch}: every token timed after a warm-up, the "
+        "median of the raw times.",
+    ),
+    (
+        r"process_peak",
+        "The most resident memory of the process, less what it held before the work began.",
+    ),
+    (r"cuda_allocated_peak", "The most memory that PyTorch had allocated on the card."),
+    (r"cuda_reserved_peak", "The most memory that PyTorch had reserved on the card."),
+    (
+        r"stored",
+        "Bytes of the saved model on disk, scales, zero points and indices included, the "
+        "tokenizer's files left out; bits a weight count the quantized matrices alone.",
+    ),
+    (
+        r"depth(?P<n>\d+)_batch(?P<m>\d+)",
+        "Bytes of the keys and values kept for {n} tokens of {m} sequence(s).",
+    ),
+    (r"computed", "Arithmetic from the shapes of the architecture; nothing was stored or run."),
+    (r"artefact", "Seconds from the files on disk to an engine that is ready to run."),
+    (r"quantize", "Seconds of the quantizing call alone, the loaded model given."),
+)
+
+
+def protocol_sentence(protocol: str) -> str:
+    """Return one sentence that says how figures of `protocol` were measured."""
+    for pattern, sentence in _PROTOCOLS:
+        match = re.fullmatch(pattern, protocol)
+        if match:
+            return sentence.format(**_parts(match.groupdict()))
+    return "As the measure that wrote it names it."
+
+
+def screening(protocol: str) -> str:
+    """Return why figures of `protocol` are screening only; empty where they are not."""
+    match = re.search(r"_(first|limit)(\d+)$", protocol)
+    if match is None:
+        return ""
+    what = "window" if match[1] == "first" else "question"
+    return f"screening: first {count(int(match[2]), what)}"
+
+
+def task_of(protocol: str) -> str:
+    """Return the task that a protocol `<task>_<k>shot[_limit<N>]` names."""
+    return re.sub(r"_\d+shot(_limit\d+)?$", "", protocol)
+
+
+def _parts(found: dict[str, str | None]) -> dict[str, str]:
+    first, limit, depth, batch = (found.get(k) for k in ("first", "limit", "depth", "batch"))
+    return {
+        **{key: value for key, value in found.items() if value is not None},
+        "first": f"; only the first {count(int(first), 'window')} read" if first else "",
+        "limit": f"; only the first {count(int(limit), 'question')} of each part" if limit else "",
+        "depth": f", {depth} tokens of context already read" if depth else "",
+        "batch": f", {count(int(batch), 'sequence')} at once" if batch else "",
+    }

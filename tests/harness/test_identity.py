@@ -1,0 +1,84 @@
+"""What makes two cells one, and what makes them two."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from harness import identity
+
+MODEL = {"kind": "local", "digest": "abc"}
+METHOD = {"_target_": "methods.unquantized.Unquantized", "name": "fp32", "dtype": "float32"}
+CONFIG: dict[str, Any] = {
+    "model": {"name": "m"},
+    "method": {"name": "rtn", "bits": 4, "group_size": 128},
+    "hardware": {"name": "cpu", "device": "cpu", "threads": 2, "time_limit_seconds": 60},
+    "suite": {"name": "smoke", "measures": {"perplexity": {"windows": 4}}},
+    "reference_dtype": "float32",
+}
+
+
+def test_the_artefact_key_depends_on_all_that_makes_the_artefact() -> None:
+    key = identity.artefact_key(MODEL, METHOD, None, 0)
+    assert key == identity.artefact_key(dict(MODEL), dict(METHOD), None, 0)
+    others = [
+        identity.artefact_key({**MODEL, "digest": "abd"}, METHOD, None, 0),
+        identity.artefact_key(MODEL, {**METHOD, "dtype": "float16"}, None, 0),
+        identity.artefact_key(MODEL, METHOD, "calibration", 0),
+        identity.artefact_key(MODEL, METHOD, None, 1),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_new_library_version_is_a_new_artefact(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = identity.artefact_key(MODEL, METHOD, None, 0)
+    monkeypatch.setattr(identity, "package_versions", lambda: {"torch": "9.9"})
+    assert identity.artefact_key(MODEL, METHOD, None, 0) != key
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        ("hardware.time_limit_seconds", 5, True),
+        ("hardware.memory_limit_bytes", 10**9, True),
+        ("hardware.threads", 1, False),
+        ("suite.measures.perplexity.windows", 8, False),
+        ("reference_dtype", "bfloat16", False),
+    ],
+)
+def test_the_cell_key_depends_on_what_is_measured_and_where(
+    path: str, value: Any, same: bool
+) -> None:
+    changed = copy.deepcopy(CONFIG)
+    *parents, last = path.split(".")
+    node = changed
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    before = identity.cell_key("a", "b", CONFIG, "text")
+    assert (identity.cell_key("a", "b", changed, "text") == before) is same
+
+
+def test_artefact_baseline_and_text_make_other_cells() -> None:
+    keys = {
+        identity.cell_key(artefact, baseline, CONFIG, text)
+        for artefact in "ab"
+        for baseline in "ab"
+        for text in "ab"
+    }
+    assert len(keys) == 8
+
+
+def test_the_folder_of_a_cell_says_what_it_is_and_stays_in_place() -> None:
+    key = "0123456789abcdef"
+    assert identity.cell_id(CONFIG, key) == "m-rtn-4b-g128-cpu-smoke-0123456789ab"
+    hostile = copy.deepcopy(CONFIG)
+    hostile["model"]["name"] = "../../etc/<script>"
+    hostile["method"]["group_size"] = -1
+    folder = identity.cell_id(hostile, key)
+    assert folder.endswith("-rtn-4b-perchannel-cpu-smoke-0123456789ab")
+    assert "/" not in folder
+    assert not folder.startswith(".")
+    assert "<" not in folder
