@@ -1,4 +1,4 @@
-"""quantbench: which quantization, for my model, on my hardware?
+"""Entry of quantbench.
 
 One call is one cell; `-m` is a grid. Free of torch: the work is done in child processes.
 """

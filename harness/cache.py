@@ -41,7 +41,8 @@ class Cache:
         body = content[DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
             return None
-        return from_bytes(body)
+        tensors: dict[str, Tensor] = from_bytes(body)
+        return tensors
 
     def write(self, kind: str, key: Any, tensors: dict[str, Tensor]) -> None:
         """Write an entry, whole or not at all."""
@@ -50,9 +51,7 @@ class Cache:
         body = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
         write_atomically(path, hashlib.sha256(body).digest() + body)
 
-    def get(
-        self, kind: str, key: Any, build: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def get(self, kind: str, key: Any, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the entry, built and written first where it is absent or damaged."""
         tensors = self.read(kind, key)
         if tensors is None:

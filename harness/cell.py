@@ -24,6 +24,7 @@ from harness.record import (
     Failure,
     Record,
     RecordError,
+    digest,
     read_record,
     write_record,
 )
@@ -50,6 +51,7 @@ class Cell:
     artefact_key: str
     baseline_key: str
     model_key: str
+    reference_key: str
     model_identity: dict[str, Any]
     random_weights: bool
 
@@ -111,25 +113,29 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
     Raises:
         ConfigError: a model, text or value that this cell needs is missing or wrong.
     """
-    try:
-        resolved: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            config, resolve=True, throw_on_missing=True
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(_missing_value(error)) from error
+    resolved = _resolve(config)
     runs_dir = Path(resolved["runs_dir"]).absolute()
-    model = _instantiate(config.model)
-    data = _instantiate(config.data)
-    _instantiate(config.hardware)
-    model_identity = model.identity(runs_dir / "cache" / "digests.json")
-    evaluation = "" if resolved["suite"].get("size_only") else data.evaluation_digest()
+    model, data = _instantiate(resolved["model"]), _instantiate(resolved["data"])
+    _instantiate(resolved["hardware"])
+    # A folder's or a hub model's own name says more than the name of the choice.
+    resolved["model"]["name"] = model.name
+    size_only = bool(resolved["suite"].get("size_only"))
+    if size_only:
+        model_identity, evaluation = model.architecture_identity(), ""
+    else:
+        model_identity = model.identity(runs_dir / "cache" / "digests.json")
+        evaluation = data.evaluation_digest()
+    if "commit" in model_identity:
+        # The children load exactly what the keys were computed from.
+        resolved["model"]["revision"] = model_identity["commit"]
 
     def key_of(node: dict[str, Any]) -> str:
-        calibration = data.calibration_digest() if "calibration" in node else None
+        calibration = data.calibration_digest() if "calibration" in node and not size_only else None
         return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
 
     artefact, baseline = key_of(resolved["method"]), key_of(resolved["baseline"])
     key = identity.cell_key(artefact, baseline, resolved, evaluation)
+    model_key = digest(model_identity)
     return Cell(
         config=resolved,
         runs_dir=runs_dir,
@@ -138,13 +144,33 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         key=key,
         artefact_key=artefact,
         baseline_key=baseline,
-        model_key=identity.digest(model_identity),
+        model_key=model_key,
+        reference_key=identity.reference_key(model_key, resolved, evaluation),
         model_identity=model_identity,
         random_weights=model.random_weights,
     )
 
 
-def _instantiate(node: DictConfig) -> Any:
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain data, with the chosen source of text alone as `data`."""
+    source = config.data.source
+    choices = [key for key, node in config.data.items() if isinstance(node, DictConfig)]
+    if source not in choices:
+        raise ConfigError(f"data.source is {source!r}; it must be one of {', '.join(choices)}")
+    try:
+        chosen = OmegaConf.to_container(config.data[source], resolve=True)
+        rest = OmegaConf.masked_copy(
+            config, [str(key) for key in config if key not in ("data", "job")]
+        )
+        resolved: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            rest, resolve=True, throw_on_missing=True
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(_missing_value(error)) from error
+    return {**resolved, "data": chosen}
+
+
+def _instantiate(node: dict[str, Any]) -> Any:
     """Instantiate a torch-free node; a mistake in its values comes out as ConfigError alone."""
     try:
         return instantiate(node)
@@ -244,9 +270,7 @@ def _ensure_artefact(
 ) -> Failure | None:
     """Make the artefact of the cell's method or baseline unless it is there and verifies."""
     folder = cell.artefact(key)
-    with claim(
-        folder.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} quantizes")
-    ):
+    with claim(folder.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} quantizes")):
         if not _verifies(folder):
             job = {**_job(cell), "method": cell.config[role], "artefact": str(folder)}
             outcome = run_child("harness.quantize:main", job, cell.folder, hardware, stage)
@@ -274,25 +298,12 @@ def _ensure_reference(cell: Cell, hardware: Hardware, stage: Stage) -> Failure |
     ):
         if marker.exists():
             return None
-        return run_child(
-            "harness.reference:main", _job(cell), cell.folder, hardware, stage
-        ).failure
+        return run_child("harness.reference:main", _job(cell), cell.folder, hardware, stage).failure
 
 
 def _marker(cell: Cell) -> Path:
     """Return the file that says that the reference's outputs for this suite are in the cache."""
-    key = identity.digest(
-        {
-            "model": cell.model_key,
-            "data": cell.config["data"],
-            "suite": cell.config["suite"],
-            "hardware": cell.config["hardware"],
-            "seed": cell.config["seed"],
-            "dtype": cell.config["reference_dtype"],
-            "code": identity.code_digest(identity.MEASURING_CODE),
-        }
-    )
-    return cell.cache / "reference" / f"{key[:32]}.done"
+    return cell.cache / "reference" / f"{cell.reference_key[:32]}.done"
 
 
 def _write_failed(cell: Cell, failure: Failure, started: str) -> None:

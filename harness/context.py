@@ -14,7 +14,7 @@ from harness.record import Value
 from methods.base import Engine
 
 
-class ReferenceMissing(Exception):
+class ReferenceMissingError(Exception):
     """An output of the unquantized model is not in the cache: it has to be computed first."""
 
 
@@ -50,11 +50,11 @@ class Context:
         """Return a reference output that `Measure.prepare` wrote.
 
         Raises:
-            ReferenceMissing: it is absent or damaged; the parent runs the reference again.
+            ReferenceMissingError: it is absent or damaged; the parent runs the reference again.
         """
         tensors = self.cache.read(f"reference/{kind}", [self.model_key, key])
         if tensors is None:
-            raise ReferenceMissing(f"{kind} of the unquantized model is not in the cache")
+            raise ReferenceMissingError(f"{kind} of the unquantized model is not in the cache")
         return tensors
 
     def keep_reference(

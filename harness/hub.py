@@ -59,13 +59,18 @@ class Repository:
         Raises:
             ConfigError: the hub does not know it, refuses it or cannot be reached.
         """
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
         folder = self.cached()
         if folder is not None:
             return folder.name
         with self._failures_told():
-            info = HfApi().repo_info(self.id, repo_type=self.kind, revision=self.revision)
+            info = HfApi().repo_info(
+                self.id,
+                repo_type=self.kind,
+                revision=self.revision,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
         return str(info.sha)
 
     def folder(self, patterns: Sequence[str], lacks: Callable[[Path], str | None]) -> Path:
@@ -101,7 +106,7 @@ class Repository:
     def _failures_told(self) -> Iterator[None]:
         """Turn what huggingface_hub raises into one sentence; a full disk stays what it is."""
         import httpx
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
         where = f"{self.kind} {self.id}"
         try:
@@ -126,16 +131,23 @@ class Repository:
                 f"{self.id!r} cannot be the id of a {self.kind}; "
                 f"ids look like owner/name, or pass {self.instead}"
             ) from error
-        except errors.OfflineModeIsEnabled as error:
+        except (
+            errors.OfflineModeIsEnabled,
+            errors.LocalEntryNotFoundError,
+            errors.HfHubHTTPError,
+            httpx.HTTPError,
+        ) as error:
+            absent = f"{where} is not (or not wholly) in the local cache and"
+            if constants.HF_HUB_OFFLINE:
+                raise ConfigError(
+                    f"{absent} HF_HUB_OFFLINE is set; unset it, or pass {self.instead}"
+                ) from error
+            # Where the cache was tried after the network, the network's answer is the cause.
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).partition("\n")[0].split())
             raise ConfigError(
-                f"{where} is not (or not wholly) in the local cache and HF_HUB_OFFLINE is set; "
-                f"unset it, or pass {self.instead}"
-            ) from error
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
-            reason = " ".join(str(error).split("\n")[0].split())
-            raise ConfigError(
-                f"{where} is not (or not wholly) in the local cache and the Hugging Face hub "
-                f"cannot be reached ({type(error).__name__}: {reason}); pass {self.instead}"
+                f"{absent} the Hugging Face hub cannot be reached "
+                f"({type(cause).__name__}: {reason}); pass {self.instead}"
             ) from error
 
     @property

@@ -8,6 +8,7 @@ its source files, so no result of older code is ever taken for one of today's.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 from functools import cache
@@ -18,44 +19,51 @@ from harness.hardware import machine_name, package_versions
 from harness.record import digest
 
 ROOT = Path(__file__).resolve().parent.parent
-QUANTIZING_CODE = (
-    "methods/base.py",
-    "methods/layers.py",
-    "methods/affine.py",
-    "methods/linear.py",
-    "methods/artefact.py",
-    "kernels/pack.py",
-    "harness/load.py",
-    "harness/quantize.py",
-)
-MEASURING_CODE = (
-    "kernels/ops.py",
-    "kernels/reference.py",
-    "methods/engine.py",
-    "harness/measure.py",
-    "harness/reference.py",
-    "harness/context.py",
-    "harness/data.py",
-    "harness/sizes.py",
-    "harness/measures/*.py",
-)
+PACKAGES = ("harness", "kernels", "methods")
 KEY_LENGTH = 12
 
 
-@cache
-def code_digest(patterns: tuple[str, ...]) -> str:
-    """Return one digest over the project's source files that match `patterns`."""
+def code_digest(*modules: str) -> str:
+    """Return one digest over the source of `modules` and of all of the project they import."""
+    sources: set[Path] = set()
+    waiting = {path for module in modules for path in _files_of(module)}
+    while waiting:
+        path = waiting.pop()
+        if path not in sources:
+            sources.add(path)
+            waiting |= _imports(path)
     state = hashlib.sha256()
-    for pattern in patterns:
-        for path in sorted(ROOT.glob(pattern)):
-            state.update(path.relative_to(ROOT).as_posix().encode())
-            state.update(path.read_bytes())
+    for path in sorted(sources):
+        state.update(path.relative_to(ROOT).as_posix().encode())
+        state.update(path.read_bytes())
     return state.hexdigest()
 
 
-def method_source(node: dict[str, Any]) -> str:
-    """Return the project file of a method's node (`methods.rtn.RTN` -> methods/rtn.py)."""
-    return node["_target_"].rpartition(".")[0].replace(".", "/") + ".py"
+def _files_of(module: str) -> set[Path]:
+    """Return the project files that importing `module` (or a name inside one) runs."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return set()
+    paths = [ROOT.joinpath(*parts[:length]) for length in range(1, len(parts) + 1)]
+    candidates = [
+        file for path in paths for file in (path / "__init__.py", path.with_suffix(".py"))
+    ]
+    return {path for path in candidates if path.is_file()}
+
+
+@cache
+def _imports(path: Path) -> frozenset[Path]:
+    """Return the project files that the source at `path` imports, at whatever depth it does so."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found.update(*(_files_of(name) for name in names))
+    return frozenset(found)
 
 
 def artefact_key(
@@ -68,7 +76,7 @@ def artefact_key(
             "method": method,
             "calibration": calibration,
             "seed": seed,
-            "code": code_digest((*QUANTIZING_CODE, method_source(method))),
+            "code": code_digest("harness.quantize", method["_target_"]),
             "packages": _library_versions(),
         }
     )
@@ -76,20 +84,51 @@ def artefact_key(
 
 def cell_key(artefact: str, baseline: str, config: dict[str, Any], evaluation: str) -> str:
     """Return the key of the cell that measures `artefact` as `config` says."""
-    limits = ("memory_limit_bytes", "time_limit_seconds")
     return digest(
         {
             "artefact": artefact,
             "baseline": baseline,
-            "hardware": {k: v for k, v in config["hardware"].items() if k not in limits},
+            "hardware": _hardware(config),
             "machine": machine_name(config["hardware"]["device"]),
             "suite": config["suite"],
             "evaluation": evaluation,
             "reference_dtype": config["reference_dtype"],
-            "code": code_digest(MEASURING_CODE),
+            "code": measuring_code(config),
             "packages": _library_versions(),
         }
     )
+
+
+def measuring_code(config: dict[str, Any]) -> str:
+    """Return the digest of the code that measures a cell: its method's loading code included."""
+    methods = (config["method"]["_target_"], config["baseline"]["_target_"])
+    return code_digest("harness.measure", "harness.sizes", *methods, *_measures(config))
+
+
+def reference_key(model: str, config: dict[str, Any], evaluation: str) -> str:
+    """Return the key of what the unquantized model says to a suite; no method changes it."""
+    return digest(
+        {
+            "model": model,
+            "hardware": _hardware(config),
+            "suite": config["suite"],
+            "evaluation": evaluation,
+            "seed": config["seed"],
+            "dtype": config["reference_dtype"],
+            "code": code_digest("harness.reference", *_measures(config)),
+            "packages": _library_versions(),
+        }
+    )
+
+
+def _measures(config: dict[str, Any]) -> list[str]:
+    return [node["_target_"] for node in config["suite"]["measures"].values()]
+
+
+def _hardware(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the hardware a figure depends on; limits only decide whether there is one."""
+    limits = ("memory_limit_bytes", "time_limit_seconds")
+    return {key: value for key, value in config["hardware"].items() if key not in limits}
 
 
 def _library_versions() -> dict[str, str]:

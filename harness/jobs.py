@@ -57,6 +57,13 @@ def _baseline_cell(config: DictConfig, overrides: list[str]) -> Cell:
 def _run(cell: Cell, folder: Path) -> str:
     """Run `cell` as the next of the plan in `folder`, with its progress shown."""
     plan = read_plan(folder)
+    if cell.id not in plan.cells:
+        print(
+            f"error: {cell.title} is not the cell that was planned: the code, a model or a text "
+            "changed while the sweep ran; run the command again",
+            file=sys.stderr,
+        )
+        return "failed"
     if cell.id not in plan.missing:
         return "there"
     number = plan.missing.index(cell.id) + 1

@@ -94,9 +94,7 @@ def run_child(
     files = {key: folder / f"{name}.{key}" for key in ("log", "stage", "failure")}
     files["stage"].unlink(missing_ok=True)
     files["failure"].unlink(missing_ok=True)
-    limit = limits.memory_limit_bytes or int(
-        FREE_MEMORY_SHARE * psutil.virtual_memory().available
-    )
+    limit = limits.memory_limit_bytes or int(FREE_MEMORY_SHARE * psutil.virtual_memory().available)
     group = MemoryGroup.create(limit)
     setup = {
         "files": {key: str(path) for key, path in files.items()},
@@ -221,7 +219,7 @@ def _child(target: str, job: dict[str, Any], setup: dict[str, Any]) -> None:
         # The server ignores a failed preload; here it comes out as what it is.
         import_module("harness.preload").limit_threads(setup["threads"])
         getattr(import_module(module), function)(job, lambda text: _say(files["stage"], text))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # whatever ends a child is written down
         traceback.print_exc()
         failure = _describe(stage, error)
         files["failure"].write_text(json.dumps(failure.__dict__))
@@ -239,7 +237,7 @@ def _describe(stage: str, error: BaseException) -> Failure:
     text = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return Failure(stage, "config", text)
-    if type(error).__name__ == "ReferenceMissing":
+    if type(error).__name__ == "ReferenceMissingError":
         return Failure(stage, "reference", text)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return Failure(stage, "memory", f"the {stage} process ran out of memory: {text}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ STORED_DTYPES = {
     "BF16": torch.bfloat16,
 }
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+UNREADABLE_WEIGHTS = (*UNREADABLE, SafetensorError, pickle.UnpicklingError, RuntimeError)
 NAMES_SHOWN = 3
+DEVIATION = 0.02
 
 
 def load_model(source: ModelSource) -> tuple[Any, Any]:
@@ -78,7 +81,7 @@ def meta_model(config: Mapping[str, Any]) -> Any:
 
 
 def random_model(source: ShapeModel) -> Any:
-    """Return a shape's model in float32: matrices uniform with the configuration's deviation.
+    """Return a shape's model in float32: matrices uniform with the deviation of fresh ones.
 
     Vectors named `weight` (norms) are 1, others (biases) 0. The values are rounded to the shape's
     floating type, so that storing them in it loses nothing.
@@ -87,20 +90,20 @@ def random_model(source: ShapeModel) -> Any:
     with _quiet(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     # Uniform: drawing normal values takes five times as long and no kernel can tell them apart.
-    bound = math.sqrt(3) * float(getattr(config, "initializer_range", None) or 0.02)
+    deviation = getattr(config, "initializer_range", None) or DEVIATION
+    bound = math.sqrt(3) * float(deviation)
     generator = torch.Generator().manual_seed(source.seed)
-    filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, empty in list(module.named_parameters(recurse=False)):
-            if id(empty) not in filled:
-                values = torch.empty(empty.shape)
-                if empty.ndim > 1:
-                    values.uniform_(-bound, bound, generator=generator)
-                    values.copy_(values.to(config.dtype))
-                else:
-                    values.fill_(1.0 if name == "weight" else 0.0)
-                filled[id(empty)] = nn.Parameter(values, requires_grad=False)
-            module._parameters[name] = filled[id(empty)]
+            values = torch.empty(empty.shape)
+            if empty.ndim > 1:
+                values.uniform_(-bound, bound, generator=generator)
+                values.copy_(values.to(config.dtype))
+            else:
+                values.fill_(1.0 if name == "weight" else 0.0)
+            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    # Making parameters empty has separated those that are one.
+    model.tie_weights()
     return model.eval()
 
 
@@ -174,7 +177,8 @@ def _checkpoint_model(folder: Path, allow_pickle: bool) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (*UNREADABLE, SafetensorError, RuntimeError) as error:
+    except UNREADABLE_WEIGHTS as error:
+        # Too little memory is no fault of the files.
         if "memory" in str(error):
             raise
         raise ConfigError(f"the weights in {folder} cannot be read: {_line(error)}") from error

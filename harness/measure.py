@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 
 from harness.artefacts import Manifest, read_manifest
 from harness.cache import Cache
-from harness.context import Context, Measure, ReferenceMissing
+from harness.context import Context, Measure, ReferenceMissingError
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
@@ -69,7 +69,9 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         name: instantiate(node) for name, node in config["suite"]["measures"].items()
     }
     method.check(hardware)
-    progress = Progress(job, hardware)
+    # The axes as the method has them: fp32 has 32 bits, though no option says so.
+    axes = {"bits": method.bits, "group_size": method.group_size}
+    progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)
     manifest = read_manifest(Path(job["artefact"]))
     _describe_artefact(progress, manifest)
     stage("loading the artefact")
@@ -109,11 +111,11 @@ def _run_one(
     stage(name)
     try:
         progress.values += measure.run(engine, context)
-    except (ReferenceMissing, MemoryError):
+    except (ReferenceMissingError, MemoryError):
         raise
     except ConfigError as error:
         progress.errors.append(Failure(name, "config", str(error)))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # one measure may break, the next still runs
         text = " ".join(str(error).split())
         progress.errors.append(Failure(name, type(error).__name__, text))
 
@@ -181,6 +183,10 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
     }
     progress.details["model"] = {**manifest.model, **progress.job["model_identity"]}
     progress.details["calibration"] = manifest.calibration
+    if manifest.calibration is not None:
+        source = instantiate(progress.job["config"]["data"])
+        if source.contaminated():
+            progress.details["notes"].append("calibrated on the text that is scored: contaminated")
     progress.details["notes"] += manifest.notes
     seconds, peak = manifest.quantize_seconds, float(manifest.quantize_peak_bytes)
     progress.values += [

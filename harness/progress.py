@@ -56,9 +56,7 @@ class CellProgress:
                 console=Console(file=self.stream),
                 transient=True,
             )
-            self.task = self.bar.add_task(
-                self.title, total=self.total, completed=self.number - 1
-            )
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.number - 1)
             self.bar.start()
         return self
 

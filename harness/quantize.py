@@ -29,6 +29,11 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     model, tokenizer = load_model(instantiate(config["model"]))
     facts = model_facts(model)
     calibration, shown = _calibration(method, config, tokenizer, Path(job["cache"]))
+    if calibration is not None and calibration.shape[1] > facts["context_length"]:
+        raise ConfigError(
+            f"method.calibration.seq_len is {calibration.shape[1]}, but model "
+            f"{config['model']['name']} reads at most {facts['context_length']} tokens"
+        )
     stage("quantizing")
     artefact = Path(job["artefact"])
     temporary = artefact.with_name(f".{artefact.name}.tmp")
@@ -62,7 +67,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
 def _calibration(
     method: Method, config: dict[str, Any], tokenizer: Any, cache: Path
 ) -> tuple[Tensor | None, dict[str, Any] | None]:
-    """Return int64 [samples, seq_len] and what the record says of it; (None, None) if not needed."""
+    """Return int64 [samples, seq_len] and what the record says; None for both if not needed."""
     if not method.needs_calibration:
         return None, None
     if tokenizer is None:
@@ -74,5 +79,9 @@ def _calibration(
     source = instantiate(config["data"])
     texts = source.texts(tokenizer, Cache(cache))
     tokens = texts.calibration(settings.samples, settings.seq_len, settings.seed)
-    shown = {**asdict(settings), "digest": source.calibration_digest(), "source": source.name}
+    shown = {
+        **asdict(settings),
+        "digest": source.calibration_digest(),
+        "source": source.name,
+    }
     return tokens, shown

@@ -139,7 +139,7 @@ def read_record(folder: Path) -> Record:
 
 
 def read_records(runs_dir: Path) -> tuple[list[Record], list[str]]:
-    """Read every record under `runs_dir`, sorted by cell; also the sentences of those unreadable."""
+    """Read the records under `runs_dir`, sorted by cell, and the sentences of those unreadable."""
     records: list[Record] = []
     problems: list[str] = []
     for path in sorted(runs_dir.glob(f"*/{FILE_NAME}")):

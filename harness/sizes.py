@@ -30,7 +30,7 @@ from methods.unquantized import DTYPES, Unquantized
 
 PROTOCOL = "computed"
 
-Part = Literal["block", "head", "embedding", "other"]
+Part = Literal["quantized", "head", "embedding", "other"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Sizes:
     Attributes:
         quantized: the matrices that the method covers.
         quantized_bits: all bits stored for them, scales, zero points and indices included.
-        part_bytes: stored bytes of the block matrices, the head, the embedding, and the rest.
+        part_bytes: stored bytes of the covered block matrices, of head and embedding (covered or
+            not), and of the rest, as `harness.measures.size` splits a real artefact.
         left_out: (name, weights, reason) of every parameter the method does not cover.
     """
 
@@ -73,12 +74,12 @@ def compute(model: Any, method: Method) -> Sizes:
     """
     covered, left_out = method.select(model)
     bits = {matrix.name: method.stored_bits(matrix) for matrix in covered}
-    parts: dict[Part, int] = {"block": 0, "head": 0, "embedding": 0, "other": 0}
-    roles: dict[str, Part] = {}
-    for matrix in select(model, Scope(head=True, embeddings=True)).matrices:
-        roles[_parameter(model, matrix)] = matrix.role
-        parts[matrix.role] += math.ceil(bits.get(matrix.name, 0) / 8)
+    parts: dict[Part, int] = {"quantized": 0, "head": 0, "embedding": 0, "other": 0}
+    for matrix in covered:
+        parts[_part(matrix)] += math.ceil(bits[matrix.name] / 8)
     gone = {_parameter(model, matrix) for matrix in covered}
+    everything = select(model, Scope(head=True, embeddings=True)).matrices
+    ends = {_parameter(model, m): _part(m) for m in everything if m.role != "block"}
     dtype = _rest_dtype(model, method)
     seen: set[int] = set()
     # An uncovered user of a tied parameter keeps it: the covered one has a copy of its own.
@@ -87,8 +88,12 @@ def compute(model: Any, method: Method) -> Sizes:
             continue
         seen.add(id(tensor))
         size = dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
-        parts[roles.get(name, "other")] += tensor.numel() * size
+        parts[ends.get(name, "other")] += tensor.numel() * size
     return Sizes(tuple(covered), sum(bits.values()), parts, tuple(left_out))
+
+
+def _part(matrix: Matrix) -> Part:
+    return "quantized" if matrix.role == "block" else matrix.role
 
 
 def _parameter(model: nn.Module, matrix: Matrix) -> str:
@@ -110,7 +115,7 @@ def values(sizes: Sizes) -> list[Value]:
     parts = sizes.part_bytes
     figures = {
         "computed_bytes": sizes.total_bytes,
-        "quantized_bytes": math.ceil(sizes.quantized_bits / 8),
+        "quantized_bytes": parts["quantized"],
         "head_bytes": parts["head"],
         "embedding_bytes": parts["embedding"],
         "other_bytes": parts["other"],

@@ -52,7 +52,8 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run every missing cell of the grid that `arguments` describe."""
-        assert self.config is not None and self.launcher is not None
+        assert self.config is not None
+        assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir).absolute()
         try:
             cells = self._cells(self._points(arguments))
@@ -87,7 +88,8 @@ class GridSweeper(Sweeper):
 
     def _cells(self, points: list[list[str]]) -> dict[str, tuple[Cell, list[str]]]:
         """Compose every point; the first of several equal cells stands, baselines come first."""
-        assert self.loader is not None and self.config is not None
+        assert self.loader is not None
+        assert self.config is not None
         cells: dict[str, tuple[Cell, list[str]]] = {}
         for point in points:
             composed = self.loader.load_sweep_config(self.config, point)

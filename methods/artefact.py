@@ -104,8 +104,20 @@ def load(
     for name, source in document["tied"].items():
         tensors[name] = tensors[source]
     model.load_state_dict(tensors, strict=True, assign=True)
+    for name, source in document["tied"].items():
+        _tie(model, name, source)
     for buffer_owner in model.modules():
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and buffer.device.type != torch.device(device).type:
                 buffer_owner._buffers[key] = buffer.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _tie(model: nn.Module, name: str, source: str) -> None:
+    """Make parameter `name` the very object that `source` is; assigning made one for each."""
+    parent, _, attribute = name.rpartition(".")
+    source_parent, _, source_attribute = source.rpartition(".")
+    own = model.get_submodule(parent)._parameters
+    other = model.get_submodule(source_parent)._parameters
+    if attribute in own and source_attribute in other:
+        own[attribute] = other[source_attribute]

@@ -115,14 +115,16 @@ class PackedLinear(nn.Module):
         if not self.dequantized:
             y: Tensor = self.linear(x)
             return y
+        # As fbgemm has it: one fused multiplication and addition, then half to even. The range is
+        # cut into 127 steps, but clamped at 255: rounding both ends outwards can reach 128.
         scale, zero_point = torch._choose_qparams_per_tensor(x, self.reduce_range)
-        # The range is cut into 127 steps, but the kernel clamps at 255: a tie can reach 128.
-        q = (x * (1 / scale)).round_().add_(zero_point).clamp_(0, 255)
+        step = torch.tensor(scale)
+        q = (x.double() * step.reciprocal().double() + zero_point).float().round_().clamp_(0, 255)
         with announced_removals_silenced():
             weight = self.linear.weight()
         product = (q - zero_point).double() @ weight.int_repr().double().T
-        # As fbgemm has it: the sum as a float32, then one fused multiplication and addition.
-        scales = torch.tensor(scale) * self.scale
+        # The sum as a float32, then again one fused multiplication and addition.
+        scales = step * self.scale
         y = product.float().double() * scales.double()
         bias = self.linear.bias()
         return (y if bias is None else y + bias.double()).float()
@@ -230,13 +232,14 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of `ids`."""
-        rows: Tensor
         if not self.dequantized:
-            rows = self.embedding(ids.contiguous())
+            # The kernel refuses ids that are strided.
+            rows: Tensor = self.embedding(ids.contiguous())
             return rows
         with announced_removals_silenced():
             weight = self.embedding.weight()
         scale, zero_point = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
         q = weight.int_repr()[ids].float()
-        rows = (q - zero_point[ids][..., None]) * scale[ids][..., None]
-        return rows
+        # As the kernel has it: scale * q + (-zero_point * scale), which rounds otherwise.
+        shift = -zero_point * scale
+        return torch.addcmul(shift[ids][..., None], q, scale[ids][..., None])

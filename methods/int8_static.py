@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
@@ -66,8 +65,9 @@ class StaticLinear(nn.Module):
     """A W8A8 linear map with a fixed input grid: float32 or bfloat16 [..., in] -> [..., out].
 
     Stored: weight int8 [out, in], scale float32 [out] or [1], input_scale float32 [1],
-    input_zero_point int32 [1], bias in any float [out]. `prepare` exchanges the plain weight for one
-    packed for the kernel. With `dequantized` set the same rounded values are multiplied in float64.
+    input_zero_point int32 [1], bias in any float [out]. `prepare` exchanges the plain weight for
+    one packed for the kernel. With `dequantized` set the same rounded values are multiplied in
+    float64 instead.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class StaticLinear(nn.Module):
     def prepare(self) -> None:
         """Pack the weight for the kernel; from now on the plain weight is gone."""
         self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
-        self.bias = self.bias.float() if self.bias is not None else None
+        if self.bias is not None:
+            self.bias = nn.Buffer(self.bias.float())
         self.weight_zero_points = torch.zeros(self.scale.shape, dtype=torch.int32)
         # Read once: a tensor asked for its value at each call costs more than a small product.
         self.grid = Grid(

@@ -131,7 +131,7 @@ def _left_out(
 ) -> list[tuple[str, int, str]]:
     covered = {name for matrix in matrices for name in (matrix.name, f"{matrix.name}.weight")}
     reasons = {f"{name}.weight": "kept by the configuration" for name in kept}
-    reasons |= {name: "kept by the configuration" for name in kept}
+    reasons |= dict.fromkeys(kept, "kept by the configuration")
     for role, matrix in ends.items():
         reasons.setdefault(f"{matrix.name}.weight", f"{role}: outside the default scope")
     grouped: dict[tuple[str, str], int] = {}

@@ -23,6 +23,8 @@ from methods.base import Hardware, KernelUse, Matrix
 
 Kind = Literal["linear", "embedding", "experts"]
 
+KERNEL_DTYPE = str(cpu.DTYPE).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -177,7 +179,7 @@ class QuantizedModule(nn.Module):
         return KernelUse(
             name=name,
             layer=type(self).__name__,
-            kernel=self._kernel or f"{self.converter}{remark}",
+            kernel=f"{self._kernel or self.converter}{remark}",
             execution="packed" if self._kernel else "dequantized",
             weights=self.layout.weights,
         )
@@ -186,11 +188,12 @@ class QuantizedModule(nn.Module):
 def packed_kernel(
     name: str, bits: int, group_size: int, hardware: Hardware
 ) -> tuple[type[cpu.Int4Linear] | type[cpu.Int8Linear] | None, str]:
-    """Return the packed kernel for a linear map called `name`, or None and why there is none.
+    """Return the packed kernel for a linear map called `name`, or None; and a remark on the choice.
 
     Bits for which the hardware has no packed kernel at all are dequantized at each call: that is
     how the format runs there, and no fallback. Where it has one for the bits, but not for this
-    group size, dequantizing is a fallback.
+    group size, dequantizing is a fallback; so is rounding activations to the kernel's own type,
+    which the second result then says.
 
     Raises:
         ConfigError: it would be a fallback, which `hardware` does not allow.
@@ -200,13 +203,17 @@ def packed_kernel(
     if linear is None:
         return None, f"no packed kernel for {bits} bits on {hardware.device}"
     refusal = linear.refusal(group_size)
-    if refusal is None:
+    if refusal is None and hardware.compute_dtype == KERNEL_DTYPE:
         return linear, ""
     if not hardware.allow_fallback:
+        cause = refusal or f"computes in {KERNEL_DTYPE}, not in {hardware.compute_dtype}"
+        change = "group_size" if refusal else "hardware.compute_dtype"
         raise ConfigError(
-            f"{name}: {linear.kernel} {refusal}, and hardware.allow_fallback is false; "
-            "choose another group_size or set hardware.allow_fallback=true"
+            f"{name}: {linear.kernel} {cause}, and hardware.allow_fallback is false; "
+            f"choose another {change} or set hardware.allow_fallback=true"
         )
+    if refusal is None:
+        return linear, f"{KERNEL_DTYPE} activations"
     return None, f"{linear.kernel} {refusal}"
 
 
@@ -226,10 +233,7 @@ class QuantizedLinear(QuantizedModule):
             return
         codes, scale, zero_point = self.stored()
         self.linear = linear(
-            cpu.Stored(
-                codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features
-            ),
-            self.dtype,
+            cpu.Stored(codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features)
         )
         self._kernel = linear.kernel
         self.packed = self.scale = self.zero_point = None

@@ -29,7 +29,7 @@ from methods.layers import (
     weight_of,
 )
 from methods.linear import Layout, QuantizedModule, module_of, packed_kernel
-from methods.packed import load_engine
+from methods.packed import PATH_TOLERANCE, load_engine
 
 ON_INDIVISIBLE = ("error", "pad")
 
@@ -62,6 +62,7 @@ class RTN:
     on_indivisible: str = "error"
 
     needs_calibration: ClassVar[bool] = False
+    path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
         # Checked here, before any weight is loaded.

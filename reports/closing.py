@@ -29,7 +29,7 @@ class Closing(Callback):
 
 
 def _close(folder: Path, runs_dir: Path) -> None:
-    from reports.render import write_report
+    from reports.render import ReportError, write_report
     from reports.table import summary_text
 
     plan = read_plan(folder)
@@ -47,7 +47,7 @@ def _close(folder: Path, runs_dir: Path) -> None:
         print(f"error: {problem}", file=sys.stderr)
     try:
         pages = write_report(runs_dir)
-    except OSError as error:
+    except (OSError, ReportError) as error:
         print(f"error: the report could not be written: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"\nreport: {pages.html}")

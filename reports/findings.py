@@ -10,14 +10,18 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from harness.record import Value
 from reports import words
-from reports.rows import Group, Row, main_protocol
+from reports.rows import Group, Row, kept_back, main_protocol, mapping, number, sequence
 from reports.summary import NOISY_SPREAD, noisy
 
 MARGINS = (0.01, 0.03)
 """Increases of perplexity over the baseline that are asked about."""
+
+DRIFT = 0.1
+"""Change of the time per token from the first burst to the last from which it is mentioned."""
 
 BROKEN = 2.0
 """Ratio of perplexity to the baseline's above which a row is listed as damaged."""
@@ -100,14 +104,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def findings(group: Group) -> list[Finding]:
     """Return what the rows of `group` say."""
-    found = [
+    return [
         *_smallest_within(group),
         *_fastest(group),
         *_slower_than_baseline(group),
         *_fronts(group),
         *_broken(group),
     ]
-    return found
 
 
 def warnings(group: Group) -> list[str]:
@@ -117,9 +120,10 @@ def warnings(group: Group) -> list[str]:
     if flagged:
         found.append(
             f"Timing of {_listed(flagged)} was noisy: the interquartile range of the time per "
-            f"token is above {100 * NOISY_SPREAD:g} % of its median. Measure again on a quiet machine "
-            "before using these speeds."
+            f"token is above {100 * NOISY_SPREAD:g} % of its median. Measure again on a quiet "
+            "machine before using these speeds."
         )
+    found += _about_timing(group)
     found += _out_of_order(group)
     below = [row.label for row in group.rows if _below_noise_floor(row)]
     if below:
@@ -150,7 +154,8 @@ def _smallest_within(group: Group) -> list[Finding]:
                 fitting.append((size.value, increase, row))
         rule = (
             f"Among rows whose perplexity ({protocol}) is at most {100 * margin:g} % above the "
-            "baseline's, the one with the fewest bytes on disk; of equal ones, the lower perplexity."
+            "baseline's, the one with the fewest bytes on disk; of equal ones, the lower "
+            "perplexity."
         )
         if fitting:
             size_bytes, increase, row = min(fitting, key=lambda found: found[:2])
@@ -185,7 +190,11 @@ def _fastest(group: Group) -> list[Finding]:
     elif speedup is not None:
         text += f", {words.ratio(speedup.value)} the baseline timed in turns with it"
     text += "; its timing was noisy" if noisy(row) else ""
-    return [Finding("Fastest decode", text, f"The highest decode_tokens_per_second measured ({protocol}).")]
+    return [
+        Finding(
+            "Fastest decode", text, f"The highest decode_tokens_per_second measured ({protocol})."
+        )
+    ]
 
 
 def _slower_than_baseline(group: Group) -> list[Finding]:
@@ -245,6 +254,31 @@ def _broken(group: Group) -> list[Finding]:
     ]
 
 
+def _about_timing(group: Group) -> list[str]:
+    drifted, cached = [], []
+    for row in group.rows:
+        speed = {} if kept_back(row, "speed") else mapping(row.record.details.get("speed"))
+        points = [mapping(point) for point in sequence(speed.get("points"))]
+        ratios = [number(point.get("last_burst_over_first")) for point in points]
+        if any(ratio is not None and abs(ratio - 1) > DRIFT for ratio in ratios):
+            drifted.append(row.label)
+        if any(point.get("weights_fit_into_caches") is True for point in points):
+            cached.append(row.label)
+    found = []
+    if drifted:
+        found.append(
+            f"The time per token of {_listed(drifted)} changed by more than {100 * DRIFT:g} % from "
+            "the first burst to the last: the machine was not in a steady state."
+        )
+    if cached:
+        rows = "every row" if len(cached) == len(group.measured) else _listed(cached)
+        found.append(
+            f"The weights of {rows} fit into the processor's caches: these speeds do not carry "
+            "over to models that have to be read from memory."
+        )
+    return found
+
+
 def _out_of_order(group: Group) -> list[str]:
     """Return a sentence for each method whose perplexity falls where its bits do."""
     protocol = main_protocol(group.rows, "perplexity")
@@ -256,7 +290,7 @@ def _out_of_order(group: Group) -> list[str]:
     found = []
     for members in series.values():
         ordered = sorted(members, key=lambda member: -member[0])
-        for (bits, high, wide), (fewer, low, narrow) in zip(ordered, ordered[1:], strict=False):
+        for (bits, high, wide), (fewer, low, narrow) in pairwise(ordered):
             if bits > fewer and low < high:
                 found.append(
                     f"{narrow.label} has a lower perplexity than {wide.label}: fewer bits should "

@@ -195,9 +195,9 @@ def _banners(groups: Sequence[Group], machines: Sequence[Machine]) -> list[str]:
     banners = []
     if any(sections.is_embedded(group) for group in groups):
         banners.append(
-            "The model named embedded is the project's embedded demonstration model: a few million parameters, "
-            "trained by the project itself on text that it generates. Its figures show what the tool "
-            "does and say nothing of real language models."
+            "The model named embedded is the project's embedded demonstration model: a few million "
+            "parameters, trained by the project itself on text that it generates. Its figures "
+            "show what the tool does and say nothing of real language models."
         )
     drawn = list(dict.fromkeys(g.model for g in groups if any(r.random_weights for r in g.rows)))
     if drawn:

@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -35,15 +35,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 BASELINE_MARKER = "*"
 
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 7.6, 4.4, 150
-LABEL_POINTS = 8.5
+LABEL_POINTS = 9.0
+MOST_LABELS = 40
 LOG_FROM = 3.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quantbench",
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.parse_math": False,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -81,6 +82,11 @@ def draw(plane: Plane, anchors: Mapping[str, str], prefix: str) -> Drawing:
     return Drawing(png.getvalue(), _for_page(svg.getvalue(), titles, prefix))
 
 
+def alternative(plane: Plane) -> str:
+    """Return what the figure is, in one line, for who does not see it."""
+    return f"Perplexity against {words.title(plane.metric).lower()}, one point a row"
+
+
 def caption(plane: Plane) -> str:
     """Return what the figure shows and which rows it leaves out."""
     text = (
@@ -95,12 +101,12 @@ def caption(plane: Plane) -> str:
 
 def _figure(plane: Plane, anchors: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=100, facecolor=SURFACE)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.095, 0.125, 0.885, 0.855), facecolor="none")
+    axes = figure.add_axes((0.105, 0.125, 0.875, 0.855), facecolor="none")
     _scale(axes, plane)
     _draw_front(axes, plane)
     methods = sorted({p.row.method for p in plane.points if not p.row.is_baseline})
-    for point in plane.points:
+    # The front's markers lie on top of the others.
+    for point in sorted(plane.points, key=lambda point: point.best):
         place = methods.index(point.row.method) if not point.row.is_baseline else -1
         colour = SERIES[place % len(SERIES)] if place >= 0 else INK
         marks = axes.scatter(
@@ -114,8 +120,8 @@ def _figure(plane: Plane, anchors: Mapping[str, str]) -> Figure:
             zorder=3,
         )
         marks.set_urls([f"#{anchors[point.row.record.cell]}"])
-    canvas.draw()
-    _label(axes, canvas, plane)
+    figure.draw_without_rendering()
+    _label(axes, plane)
     return figure
 
 
@@ -179,7 +185,7 @@ def _front(plane: Plane) -> list[tuple[float, float]]:
     """Return the corners of the border of what was reached: no row lies on its better side."""
     best = sorted((point.x, point.y) for point in plane.points if point.best)
     corners = best[:1]
-    for (before_x, before_y), (x, y) in zip(best, best[1:], strict=False):
+    for (before_x, before_y), (x, y) in pairwise(best):
         corners += [(before_x, y) if plane.higher_is_better else (x, before_y), (x, y)]
     return corners
 
@@ -200,26 +206,35 @@ Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
 
 
-def _label(axes: Axes, canvas: FigureCanvasAgg, plane: Plane) -> None:
-    """Write each row's label beside its point, where it covers no other label and no point."""
+def _label(axes: Axes, plane: Plane) -> None:
+    """Write each row's label beside its point, where it covers no other label and no point.
+
+    In a crowd a label that finds no place is left out, but never one of the front's.
+    """
     spots = axes.transData.transform([(point.x, point.y) for point in plane.points])
     frame = axes.get_window_extent()
     bounds = (frame.x0 + 2, frame.y0 + 2, frame.x1 + 12, frame.y1 + 8)
     width, height = axes.figure.bbox.width, axes.figure.bbox.height
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     front = axes.transData.transform(_front(plane))
-    for (x, y), (other_x, other_y) in zip(front, front[1:], strict=False):
-        taken.append((min(x, other_x) - 2, min(y, other_y) - 2, max(x, other_x) + 2, max(y, other_y) + 2))
-    # Points on the front choose first.
+    for (x, y), (other_x, other_y) in pairwise(front):
+        taken.append(
+            (min(x, other_x) - 2, min(y, other_y) - 2, max(x, other_x) + 2, max(y, other_y) + 2)
+        )
+    # Points on the front choose first; of a crowd, only they are named.
     order = sorted(range(len(plane.points)), key=lambda i: (not plane.points[i].best, i))
-    for index in order:
+    for index in order[:MOST_LABELS]:
         point = plane.points[index]
         weight = "bold" if point.best else "normal"
         text = words.one_line(point.row.label)
         probe = Text(0, 0, text, fontsize=LABEL_POINTS, fontweight=weight, figure=axes.figure)
-        extent = probe.get_window_extent(canvas.get_renderer())
+        extent = probe.get_window_extent()
         x, y = (float(v) for v in spots[index])
-        box, far = _place((x, y), (extent.width, extent.height), taken, bounds)
+        size = (extent.width, extent.height)
+        place = _place((x, y), size, taken, bounds, point.best or point.row.is_baseline)
+        if place is None:
+            continue
+        box, far = place
         taken.append(box)
         if far:
             corner = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
@@ -238,12 +253,16 @@ def _label(axes: Axes, canvas: FigureCanvasAgg, plane: Plane) -> None:
 
 
 def _place(
-    spot: tuple[float, float], size: tuple[float, float], taken: Sequence[Box], bounds: Box
-) -> tuple[Box, bool]:
+    spot: tuple[float, float],
+    size: tuple[float, float],
+    taken: Sequence[Box],
+    bounds: Box,
+    must: bool,
+) -> tuple[Box, bool] | None:
     """Return the box for a label of `size` near `spot`, and whether it needs a line to it.
 
-    Of the places around the point, the nearest that covers nothing; failing all, the one that
-    covers least.
+    Of the places around the point, the nearest that covers nothing; failing all, None, or the one
+    that covers least where the label `must` stand.
     """
     best: tuple[float, Box, bool] | None = None
     for distance in (9, 16, 26, 38, 52, 68, 86, 106, 130):
@@ -252,10 +271,9 @@ def _place(
             covered = sum(_overlap(box, other) for other in taken) + _outside(box, bounds)
             if covered == 0:
                 return box, distance > 16
-            if best is None or covered < best[0]:
+            if must and (best is None or covered < best[0]):
                 best = (covered, box, distance > 16)
-    assert best is not None
-    return best[1], best[2]
+    return None if best is None else best[1:]
 
 
 def _beside(
@@ -291,21 +309,24 @@ def _title(plane: Plane, point: Point) -> str:
 
 
 def _for_page(svg: str, titles: Mapping[str, str], prefix: str) -> str:
-    """Return matplotlib's SVG as an element of a page: own ids, the page's colours, titled links."""
+    """Return matplotlib's SVG as a page's element: own ids, the page's colours, titled links."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    for name in sorted(set(re.findall(r'\bid="([^"]+)"', svg)), key=len, reverse=True):
-        svg = re.sub(rf'(\bid="|href="#|url\(#){re.escape(name)}(?=["\)])', rf"\1{prefix}-{name}", svg)
-    for anchor, text in titles.items():
-        svg = re.sub(
-            rf'<a xlink:href="#{re.escape(anchor)}"[^>]*>',
-            lambda _, anchor=anchor, text=text: f'<a href="#{anchor}"><title>{escape(text)}</title>',
-            svg,
-        )
+    own = set(re.findall(r'\bid="([^"]+)"', svg))
+
+    def prefixed(match: re.Match[str]) -> str:
+        before, name = match.groups()
+        return f"{before}{prefix}-{name}" if name in own else match[0]
+
+    def linked(match: re.Match[str]) -> str:
+        return f'<a href="#{match[1]}"><title>{escape(titles[match[1]])}</title>'
+
+    svg = re.sub(r'(\bid="|href="#|url\(#)([^")]+)', prefixed, svg)
+    svg = re.sub(r'<a xlink:href="#([^"]+)"[^>]*>', linked, svg)
     for name, colour in _variables().items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.strip()

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
 from reports import plots, table, words
-from reports.page import Page, make_page, main_kernel
+from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
 
 FOLDER = "report"
@@ -60,12 +60,12 @@ def write_report(runs_dir: Path) -> ReportPaths:
             f"{runs_dir} holds no record (*/record.json) to report on{damaged}; "
             "run `python run.py -m` first, or give another folder"
         )
+    # A report is made to be passed on: no paths of this machine.
+    problems = [problem.replace(f"{runs_dir}/", "") for problem in problems]
     return write_pages(records, problems, runs_dir / FOLDER)
 
 
-def write_pages(
-    records: Sequence[Record], problems: Sequence[str], folder: Path
-) -> ReportPaths:
+def write_pages(records: Sequence[Record], problems: Sequence[str], folder: Path) -> ReportPaths:
     """Write the report of `records` into `folder`, made if missing."""
     page = make_page(records, problems)
     drawings = {
@@ -134,6 +134,7 @@ def _environment(**options: Any) -> Environment:
     )
     environment.filters["main_kernel"] = main_kernel
     environment.filters["caption"] = plots.caption
+    environment.filters["alternative"] = plots.alternative
     return environment
 
 
@@ -143,7 +144,7 @@ def _context(page: Page) -> dict[str, Any]:
 
 def _breakable(text: object) -> Markup:
     """Return `text` escaped, with places where a long name may break."""
-    return Markup(re.sub(r"(_|/|::)", r"\1<wbr>", escape(str(text))))
+    return Markup(re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(str(text))))
 
 
 def _sortable(value: float) -> str:

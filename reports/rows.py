@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from harness.record import Record, Value
@@ -77,12 +78,12 @@ class Row:
     @property
     def bits(self) -> float | None:
         """Bits of a stored weight, None where there is no single width."""
-        return _number(self.record.config.get("bits"))
+        return number(self.record.config.get("bits"))
 
     @property
     def group_size(self) -> int | None:
         """Consecutive inputs that share a scale; -1 is per channel, None: no groups."""
-        size = _number(self.record.config.get("group_size"))
+        size = number(self.record.config.get("group_size"))
         return None if size is None else int(size)
 
     @property
@@ -91,9 +92,19 @@ class Row:
         return str(self.record.config.get("hardware", ""))
 
     @property
+    def group_title(self) -> str:
+        """Name of the group that the row belongs to."""
+        return f"{self.model} on {self.hardware}"
+
+    @property
     def suite(self) -> str:
         """Name of the suite, which chose the measures."""
         return str(self.record.config.get("suite", ""))
+
+    @property
+    def command(self) -> str:
+        """The command that runs the cell again, empty where the record does not say."""
+        return str(self.record.config.get("command") or "")
 
     @property
     def random_weights(self) -> bool:
@@ -133,12 +144,17 @@ class Group:
     @property
     def title(self) -> str:
         """Name of the group in headings."""
-        return f"{self.model} on {self.hardware}"
+        return self.rows[0].group_title
 
-    @property
-    def baselines(self) -> list[Row]:
+    @cached_property
+    def measured(self) -> tuple[Row, ...]:
+        """The rows whose cells came to their end."""
+        return tuple(row for row in self.rows if row.measured)
+
+    @cached_property
+    def baselines(self) -> tuple[Row, ...]:
         """The rows the others are compared with (one a suite)."""
-        return [row for row in self.rows if row.is_baseline and row.measured]
+        return tuple(row for row in self.measured if row.is_baseline)
 
     def baseline_value(self, row: Row, metric: str, protocol: str) -> Value | None:
         """Return the baseline's value that `row` is compared with: same metric, same protocol.
@@ -192,7 +208,7 @@ def model_identity(row: Row) -> str:
 def kernels(row: Row) -> list[Mapping[str, Any]]:
     """Return the kernel provenance of `row`, the kernel of most weights first."""
     found = [mapping(entry) for entry in sequence(row.record.details.get("kernels"))]
-    return sorted(found, key=lambda entry: -(_number(entry.get("weights")) or 0))
+    return sorted(found, key=lambda entry: -(number(entry.get("weights")) or 0))
 
 
 def machine(row: Row) -> str:
@@ -294,5 +310,6 @@ def _stored_bits(row: Row) -> float:
     return found[0].value if found else 0.0
 
 
-def _number(found: Any) -> float | None:
+def number(found: Any) -> float | None:
+    """Return `found` if it is a number, else None: details are free-form."""
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None

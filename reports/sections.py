@@ -7,7 +7,6 @@ named together.
 from __future__ import annotations
 
 import json
-import os.path
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from reports import words
-from reports.rows import Group, Row, family, kernels, mapping, sequence
+from reports.rows import Group, Row, family, kept_back, kernels, mapping, sequence
 from reports.summary import absent
 
 FAMILIES = {
@@ -42,14 +41,14 @@ class KernelLine:
     layer: str
     kernel: str
     execution: str
-    matrices: str
+    matrices: int
     share: str
     example: str
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many weights were quantized, and what was left out and why."""
+    """How many weights are in the matrices that a method covers; what is left out and why."""
 
     labels: tuple[str, ...]
     share: str
@@ -60,9 +59,9 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one row generated: `same` as the unquantized model, then `differs`."""
+    """What some rows generated: `same` as the unquantized model, then `differs`."""
 
-    label: str
+    labels: tuple[str, ...]
     same: str
     differs: str
 
@@ -95,7 +94,7 @@ class Said:
 def kernel_lines(group: Group) -> list[KernelLine]:
     """Return the kernels of the group's rows."""
 
-    def lines_of(row: Row) -> tuple[tuple[str, ...], ...]:
+    def lines_of(row: Row) -> tuple[tuple[str, str, str, int, str, str], ...]:
         found = kernels(row)
         total = sum(_count(entry.get("weights")) for entry in found)
         return tuple(
@@ -103,7 +102,7 @@ def kernel_lines(group: Group) -> list[KernelLine]:
                 str(entry.get("layer", "")),
                 str(entry.get("kernel", "")),
                 str(entry.get("execution") or "not stated"),
-                f"{_count(entry.get('matrices')):,}",
+                _count(entry.get("matrices")),
                 _share(_count(entry.get("weights")), total),
                 str(entry.get("example", "")),
             )
@@ -118,7 +117,7 @@ def kernel_lines(group: Group) -> list[KernelLine]:
 
 
 def coverages(group: Group) -> list[Coverage]:
-    """Return how much of the model each row quantized."""
+    """Return how much of the model each row's method covers."""
     found = []
     for key, labels in _by_key(group.rows, lambda row: _text(row.record.details.get("coverage"))):
         facts = mapping(json.loads(key)) if key else {}
@@ -127,7 +126,7 @@ def coverages(group: Group) -> list[Coverage]:
             quantized = _count(facts.get("quantized_weights"))
             found.append(
                 Coverage(
-                    labels,
+                    _all_or(labels, group),
                     _share(quantized, total),
                     f"{quantized:,}",
                     f"{total:,}",
@@ -139,17 +138,26 @@ def coverages(group: Group) -> list[Coverage]:
 
 def prompts(group: Group) -> list[Prompt]:
     """Return the first prompts, each with the texts of all rows that continued it."""
-    found: dict[tuple[str, str], list[Continuation]] = defaultdict(list)
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in group.rows:
+        if kept_back(row, "generation"):
+            continue
         for entry in sequence(row.record.details.get("generation"))[:MAX_PROMPTS]:
             facts = {key: str(value) for key, value in mapping(entry).items()}
-            reference, text = facts.get("reference", ""), facts.get("text", "")
-            same = os.path.commonprefix([reference, text])
-            found[facts.get("prompt", ""), reference].append(
-                Continuation(row.label, same, text[len(same) :])
-            )
-    shown = list(found.items())[:MAX_PROMPTS]
-    return [Prompt(prompt, reference, tuple(texts)) for (prompt, reference), texts in shown]
+            texts = found.setdefault((facts.get("prompt", ""), facts.get("reference", "")), {})
+            texts.setdefault(facts.get("text", ""), []).append(row.label)
+    return [
+        Prompt(prompt, reference, tuple(_continuations(reference, texts)))
+        for (prompt, reference), texts in list(found.items())[:MAX_PROMPTS]
+    ]
+
+
+def _continuations(reference: str, texts: Mapping[str, Sequence[str]]) -> Iterable[Continuation]:
+    for text, labels in texts.items():
+        same = _common_start(reference, text)
+        # A text that only stops early is not an equal one.
+        differs = text[len(same) :] or ("" if same == reference else "(ends here)")
+        yield Continuation(tuple(labels), same, differs)
 
 
 def machines(rows: Sequence[Row]) -> list[Machine]:
@@ -197,9 +205,15 @@ def notes(group: Group) -> list[Said]:
     """Return the sentences that the records carry."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in group.rows:
-        for note in sequence(row.record.details.get("notes")):
+        details = row.record.details
+        left_out = [f"speed left out, {why}" for why in _left_out_points(details)]
+        for note in [*sequence(details.get("notes")), *left_out]:
             found[words.one_line(note)].append(row.label)
     return [Said(_all_or(labels, group), note) for note, labels in found.items()]
+
+
+def _left_out_points(details: Mapping[str, Any]) -> Sequence[Any]:
+    return sequence(mapping(details.get("speed")).get("left_out"))
 
 
 def calibrations(group: Group) -> list[Said]:
@@ -231,9 +245,16 @@ def is_embedded(group: Group) -> bool:
     )
 
 
-def _by_key(
-    rows: Iterable[Row], key_of: Callable[[Row], Key]
-) -> list[tuple[Key, tuple[str, ...]]]:
+def _common_start(first: str, second: str) -> str:
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return first[:length]
+
+
+def _by_key(rows: Iterable[Row], key_of: Callable[[Row], Key]) -> list[tuple[Key, tuple[str, ...]]]:
     """Return each key with the labels of its rows, in order."""
     found: dict[Key, list[str]] = defaultdict(list)
     for row in rows:
@@ -243,7 +264,7 @@ def _by_key(
 
 def _all_or(labels: Sequence[str], group: Group) -> tuple[str, ...]:
     """Return `labels`, or one phrase where they are all the measured rows."""
-    measured = [row.label for row in group.rows if row.measured]
+    measured = [row.label for row in group.measured]
     if len(measured) > 2 and set(measured) <= set(labels):
         return ("all rows",)
     return tuple(labels)

@@ -12,7 +12,7 @@ The same columns go to the terminal, to Markdown and to HTML. What is compared w
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +29,9 @@ UNMARKED = ("kl_noise_floor", "copy_bytes_per_second", "timing_spread", "other_b
 """Figures that describe the measurement or are no merit of the row: none is marked as best."""
 
 MAX_TASKS_IN_SUMMARY = 4
-MAX_PERPLEXITIES_IN_SUMMARY = 2
+TASK_METRICS = ("acc_norm", "exact_match_strict", "acc")
+"""Of a task's scores, the one that stands in the summary: the first of these that it has."""
+
 NOISY_SPREAD = 0.1
 """Interquartile range over median of the time per token above which a row is called noisy."""
 
@@ -83,18 +85,17 @@ class Table:
 
 def summary_table(group: Group) -> Table:
     """Return the table that a choice is made from."""
-    rows = tuple(row for row in group.rows if row.measured)
+    rows = group.measured
     wanted: list[tuple[str, str]] = []
     for metric in ("artefact_bytes", "computed_bytes", "bits_per_weight"):
         wanted += _main(rows, metric)
     if not any(metric == "bits_per_weight" for metric, _ in wanted):
         wanted += _main(rows, "computed_bits_per_weight")
     wanted += _main(rows, "peak_memory_bytes")
-    wanted += protocols_of(rows, "perplexity", {"perplexity"})[:MAX_PERPLEXITIES_IN_SUMMARY]
+    wanted += protocols_of(rows, "perplexity", {"perplexity"})[:1]
     wanted += _main(rows, "kl_mean") + _main(rows, "top1_agreement")
-    wanted += task_columns(rows)[:MAX_TASKS_IN_SUMMARY]
-    for metric in ("prefill_tokens_per_second", "decode_tokens_per_second", "quantize_seconds"):
-        wanted += _main(rows, metric)
+    wanted += _main(rows, "prefill_tokens_per_second") + _main(rows, "decode_tokens_per_second")
+    wanted += _one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY] + _main(rows, "quantize_seconds")
     return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
 
 
@@ -116,10 +117,7 @@ def detail_table(group: Group, families: set[str], first: Sequence[str] = ()) ->
 def protocols_of(rows: Iterable[Row], metric: str, families: set[str]) -> list[tuple[str, str]]:
     """Return (metric, protocol) of every protocol that `metric` was measured by, in order."""
     found = Counter(
-        value.protocol
-        for row in rows
-        for value in row.all_of(metric)
-        if family(value) in families
+        value.protocol for row in rows for value in row.all_of(metric) if family(value) in families
     )
     order = sorted(found, key=lambda protocol: (-found[protocol], words.natural(protocol)))
     return [(metric, protocol) for protocol in order]
@@ -134,6 +132,16 @@ def task_columns(rows: Iterable[Row]) -> list[tuple[str, str]]:
         if family(value) == "tasks"
     }
     return sorted(found, key=lambda pair: (words.natural(pair[1]), pair[0]))
+
+
+def _one_score_a_task(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    by_protocol: dict[str, list[str]] = defaultdict(list)
+    for metric, protocol in task_columns(rows):
+        by_protocol[protocol].append(metric)
+    return [
+        (next((m for m in TASK_METRICS if m in metrics), metrics[0]), protocol)
+        for protocol, metrics in by_protocol.items()
+    ]
 
 
 def column(group: Group, rows: Sequence[Row], metric: str, protocol: str) -> Column:

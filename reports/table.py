@@ -35,6 +35,8 @@ TEXTS = (
     *("command", "cell_key", "artefact_key", "machine", "started", "seconds"),
 )
 INTEGER_KINDS = ("bytes", "count")
+
+
 @dataclass(frozen=True)
 class Name:
     """Where a (family, metric, protocol) stands in the wide table."""
@@ -188,9 +190,9 @@ def _result(row: Row, names: Mapping[tuple[str, str, str], Name]) -> dict[str, A
     protocols: dict[str, dict[str, None]] = defaultdict(dict)
     for value in row.values.values():
         of_family = family(value)
-        name = names[of_family, value.metric, value.protocol]
-        found[name.column] = float(value.value)
-        if name.main and of_family != "perplexity" and value.protocol:
+        place = names[of_family, value.metric, value.protocol]
+        found[place.column] = float(value.value)
+        if place.main and of_family != "perplexity" and value.protocol:
             key = words.task_of(value.protocol) if of_family == "tasks" else of_family
             protocols[f"{key}_protocol"][value.protocol] = None
     found.update({name: "; ".join(sorted(used)) for name, used in protocols.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Sequence
 
@@ -32,16 +33,20 @@ DROPPED_FIRST = (
 
 MARKS = {"best": "*", "next": "+", "": " "}
 ABSENT = "n/m"
-WIDEST_LABEL = 32
+WIDEST, WIDEST_LABEL = 120, 32
 GAP = "  "
 
 
-def summary_text(records: Sequence[Record], problems: Sequence[str] = (), width: int = 120) -> str:
-    """Return the tables of `records`, at most `width` columns wide.
+def summary_text(
+    records: Sequence[Record], problems: Sequence[str] = (), width: int | None = None
+) -> str:
+    """Return the tables of `records`, at most `width` columns wide; None is the terminal's width.
 
     Each group of rows that compare has its table, the baseline first; failed cells and `problems`
     (the sentences of records that could not be read) follow, each with its reason.
     """
+    if width is None:
+        width = min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns)
     rows = make_rows(records)
     blocks = [_group_text(summary_table(group), width) for group in make_groups(rows)]
     failures = _failures(rows, problems, width)
@@ -65,7 +70,7 @@ def _group_text(table: Table, width: int) -> str:
 
 def _fitting(table: Table, width: int) -> tuple[list[Column], list[Column]]:
     """Return the columns that fit into `width`, and those left out for it."""
-    columns = _one_perplexity(table)
+    columns = list(table.columns)
     dropped: list[Column] = []
     order = [c for c in reversed(columns) if c.family == "tasks"]
     order += [c for metric in DROPPED_FIRST for c in columns if c.metric == metric]
@@ -77,11 +82,6 @@ def _fitting(table: Table, width: int) -> tuple[list[Column], list[Column]]:
         columns = [c for c in columns if c is not column]
         dropped.append(column)
     return columns, dropped
-
-
-def _one_perplexity(table: Table) -> list[Column]:
-    found = [column for column in table.columns if column.family == "perplexity"]
-    return [column for column in table.columns if column not in found[1:]]
 
 
 def _label_block(table: Table) -> list[str]:
@@ -106,18 +106,13 @@ def _block(column: Column) -> list[str]:
         for cell in column.cells
     ]
     compares = [_clean(cell.compare) for cell in column.cells]
-    width = max(map(len, texts))
-    aside = max(map(len, compares))
     head = column.head if column.family == "tasks" else HEADS.get(column.metric, column.metric)
-    heads = [_clean(head), UNITS.get(column.unit, column.unit)]
-    body = [
+    heads = [f"{_clean(part)} " for part in (head, UNITS.get(column.unit, column.unit))]
+    width = max(map(len, [*texts, *heads]))
+    aside = max(map(len, compares))
+    return [f"{head:>{width}}{' ' * (aside + bool(aside))}" for head in heads] + [
         f"{text:>{width}}{f' {other:<{aside}}' if aside else ''}"
         for text, other in zip(texts, compares, strict=True)
-    ]
-    # Heads stand over the figures; one that is wider takes room from the column of ratios first.
-    total = max(len(body[0]), *(len(h) + 1 for h in heads))
-    return [f"{f'{head:>{width - 1}}':<{total}}" for head in heads] + [
-        f"{line:<{total}}" if aside else f"{line:>{total}}" for line in body
     ]
 
 
@@ -158,7 +153,7 @@ def _failures(rows: Sequence[Row], problems: Sequence[str], width: int) -> str:
     for row in rows:
         reasons = "; ".join(f"{error.stage}: {error.message}" for error in row.record.errors)
         if row.record.status != "ok":
-            where = f"{row.label} ({row.model} on {row.hardware})"
+            where = f"{row.label} ({row.group_title})"
             reason = reasons or "the record gives no reason"
             lines.append(f"{row.record.status.upper()} {where}: {reason}")
     lines += [f"UNREADABLE {problem}" for problem in problems]

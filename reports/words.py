@@ -263,8 +263,8 @@ _PROTOCOLS: tuple[tuple[str, str], ...] = (
     (
         rf"{_TEXT}_gptq_(?P<n>\d+){_FIRST}",
         "GPTQ protocol: the rows of {text} joined by blank lines and tokenized once, cut into "
-        "windows of {n} tokens that do not overlap, the tail dropped, {n} - 1 predictions a "
-        "window, float32 logits, exp of the mean loss over all predictions{first}.",
+        "windows of {n} tokens that do not overlap, the tail dropped, {n_less_one} predictions "
+        "a window, float32 logits, exp of the mean loss over all predictions{first}.",
     ),
     (
         rf"{_TEXT}_llamacpp_(?P<n>\d+){_FIRST}",
@@ -336,8 +336,10 @@ def task_of(protocol: str) -> str:
 
 def _parts(found: dict[str, str | None]) -> dict[str, str]:
     first, limit, depth, batch = (found.get(k) for k in ("first", "limit", "depth", "batch"))
+    length = found.get("n")
     return {
         **{key: value for key, value in found.items() if value is not None},
+        "n_less_one": str(int(length) - 1) if length else "",
         "first": f"; only the first {count(int(first), 'window')} read" if first else "",
         "limit": f"; only the first {count(int(limit), 'question')} of each part" if limit else "",
         "depth": f", {depth} tokens of context already read" if depth else "",

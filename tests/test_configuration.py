@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = ("model", "method", "hardware", "suite", "data", "job")
+GROUPS = ("model", "method", "hardware", "suite", "job")
+SOURCES = [path.stem for path in sorted((CONF / "data").glob("*.yaml"))]
 CHOICES = [
     (group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))
 ]
@@ -44,7 +45,7 @@ def test_a_choice_composes_and_is_named_as_its_file(group: str, choice: str) -> 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_what_a_choice_names_can_be_built(group: str, choice: str, tmp_path: Path) -> None:
-    path = [f"{group}.path={tmp_path}"] if choice in ("local", "text") else []
+    path = [f"{group}.path={tmp_path}"] if choice == "local" else []
     config = composed(f"{group}={choice}", *path)
     plain = OmegaConf.to_container(config[group], resolve=True)
     if group == "suite":
@@ -53,6 +54,12 @@ def test_what_a_choice_names_can_be_built(group: str, choice: str, tmp_path: Pat
             instantiate(node)
     else:
         instantiate(config[group])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_of_text_can_be_built(source: str, tmp_path: Path) -> None:
+    config = composed(f"data.source={source}", f"data.path={tmp_path}")
+    assert instantiate(config.data[source]).name == source
 
 
 def test_targets_lie_in_the_project() -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,17 +83,20 @@ def times(runs: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Done]]:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     runs = tmp_path_factory.mktemp("swept") / "runs"
-    yield runs, quantbench(*GRID, f"runs_dir={runs}")
+    return runs, quantbench(*GRID, f"runs_dir={runs}")
 
 
 def test_a_grid_runs_each_cell_once_and_says_so(swept: tuple[Path, Done]) -> None:
     runs, done = swept
     assert done.code == 0, done.err
     assert "5 cells, 0 of them there already" in done.out
-    names = {(r.config["method"], r.config["bits"], r.config["group_size"]) for r in records(runs).values()}
-    assert names == {("fp32", None, None)} | {("rtn", b, g) for b in (4, 2) for g in (32, -1)}
+    names = {
+        (r.config["method"], r.config["bits"], r.config["group_size"])
+        for r in records(runs).values()
+    }
+    assert names == {("fp32", 32, None)} | {("rtn", b, g) for b in (4, 2) for g in (32, -1)}
     assert {r.status for r in records(runs).values()} == {"ok"}
     assert f"report: {runs / 'report' / 'report.html'}" in done.out
 
@@ -114,7 +116,7 @@ def test_fewer_bits_and_larger_groups_diverge_more(swept: tuple[Path, Done]) -> 
         if v.metric == "kl_mean"
     }
     assert kl[4, 32] < kl[4, -1] < kl[2, 32] < kl[2, -1]
-    assert kl[None, None] < 1e-9
+    assert kl[32, None] < 1e-9
 
 
 def test_the_tables_have_what_was_promised(swept: tuple[Path, Done]) -> None:
@@ -268,7 +270,9 @@ def test_help_names_groups_axes_and_examples() -> None:
         (["hardware=cuda"], "CUDA"),
         (["model=local"], "model.path has no value; give one: model.path=VALUE"),
         (["model=local", "model.path=/no/such/folder"], "/no/such/folder"),
-        (["data=local", "data.path=/no/such/folder"], "/no/such/folder"),
+        (["data.source=local", "data.path=/no/such/folder"], "/no/such/folder"),
+        (["data.source=local"], "data.path"),
+        (["data.source=lokal"], "data.source is 'lokal'; it must be one of embedded, local"),
         (["model=gpt2"], "model=local model.path="),
         (["hardware.threads=0"], "hardware.threads is 0"),
     ],
@@ -335,7 +339,7 @@ def test_broken_models_fail_their_cells_only(tmp_path: Path) -> None:
 def test_a_text_shorter_than_a_window_is_said(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short to read.")
     done = quantbench(
-        "data=text", f"data.path={tmp_path / 'short.txt'}", "suite=smoke",
+        "data.source=text", f"data.path={tmp_path / 'short.txt'}", "suite=smoke",
         f"runs_dir={tmp_path / 'runs'}",
     )  # fmt: skip
     assert done.code == 1

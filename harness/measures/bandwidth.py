@@ -55,7 +55,7 @@ def measure_bandwidth(device: str, free_bytes: int) -> Bandwidth:
     """
     wanted = BUFFER_OVER_CACHES * processor_cache_bytes(device)
     size = min(LARGEST_BUFFER_BYTES, max(SMALLEST_BUFFER_BYTES, wanted), free_bytes // 4)
-    source = torch.ones(size // (4 * ROW), ROW, device=device)
+    source = torch.ones(max(1, size // (4 * ROW)), ROW, device=device)
     target = torch.empty_like(source)
     vector = torch.ones(ROW, device=device)
     copying = _best_seconds(lambda: target.copy_(source), device)

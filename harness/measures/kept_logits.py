@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.context import Context, ReferenceMissing
+from harness.context import Context, ReferenceMissingError
 from harness.measures.windows import Windows, logit_pieces, row_slices
 from kernels.errors import ConfigError
 from methods.base import Engine
@@ -44,7 +44,7 @@ class KeptLogits:
         """Open what `keep_logits` wrote.
 
         Raises:
-            ReferenceMissing: it is not there, or damaged.
+            ReferenceMissingError: it is not there, or damaged.
         """
         head = context.reference(HEAD_KIND, None)
         moved = {name: tensor.to(device) for name, tensor in head.items()}
@@ -59,7 +59,7 @@ class KeptLogits:
         if "logits" in entry:
             return entry["logits"][part].to(device)
         if self.head is None:
-            raise ReferenceMissing("the head of the unquantized model is not in the cache")
+            raise ReferenceMissingError("the head of the unquantized model is not in the cache")
         return _apply_head(entry["hidden"][part].to(device), self.head)
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import lm_eval.utils
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -215,6 +218,20 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         written.append(token)
         text = self.tokenizer.decode(written)
         return len(written) == most or any(stop in text for stop in until)
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Let lm-eval compile each prompt template once instead of once a question.
+
+    Its environment compiles at every call, which takes longer than reading the question.
+    """
+    environment = lm_eval.utils.env
+    environment.from_string = cache(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string
 
 
 def _score(logits: Tensor, continuation: list[int]) -> Score:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -31,8 +32,8 @@ from methods.base import Engine
 
 ABOVE_PEAK = 1.1
 ATTEMPTS = 3
-"""Bandwidth measured beside a busy neighbour is too low: so often it is measured before a decode
-rate above it is called impossible."""
+"""Bandwidth measured beside a busy neighbour is too low: so often it is measured again before a
+decode rate above it is called impossible."""
 SPARE_MEMORY = 2.0
 """A growing cache is copied at every token, so it needs room for itself twice."""
 
@@ -94,17 +95,29 @@ class Speed:
         """Return speeds, ratios and their checks; nothing for weights only stored as floats.
 
         Raises:
-            ConfigError: a point needs more tokens than the model reads.
+            ConfigError: every point needs more tokens than the model reads.
             ImpossibleSpeedError: weights beyond the caches are read faster than memory gives them.
         """
         if is_simulated(engine):
             return []
-        self._check(engine)
-        # The baseline's loading ends the count of the engine's own peak memory: it goes first.
-        load = context.baseline if self.interleave_baseline else None
-        baseline = load() if load is not None else None
-        device = context.hardware.device
-        bandwidth = measure_bandwidth(device, free_bytes(context.hardware))
+        points, left_out = self._fitting(engine)
+        with ExitStack() as stack:
+            # The baseline's loading ends the count of the engine's own peak memory: it goes first.
+            baseline = None
+            if self.interleave_baseline and context.baseline is not None:
+                baseline = context.baseline()
+                stack.callback(baseline.close)
+            return self._all_points(engine, baseline, points, left_out, context)
+
+    def _all_points(
+        self,
+        engine: Engine,
+        baseline: Engine | None,
+        points: list[Point],
+        left_out: list[str],
+        context: Context,
+    ) -> list[Value]:
+        bandwidth = measure_bandwidth(context.hardware.device, free_bytes(context.hardware))
         per_token = kept_bytes(engine.prefill(torch.zeros(1, 1, dtype=torch.int64), last=1)[1])
         details: dict[str, Any] = {
             "interleaved_with_baseline": baseline is not None,
@@ -112,31 +125,39 @@ class Speed:
             "bursts": self.repeats,
             "copy": "torch copy_, bytes read + bytes written",
             "read_bytes_per_second": bandwidth.read,
-            "left_out": [],
+            "left_out": left_out,
             "points": [],
         }
         context.details["speed"] = details
         values: list[Value] = []
-        try:
-            for point in self.points():
-                reason = _does_not_fit(per_token, point, self.decode_tokens, context.hardware)
-                if reason:
-                    details["left_out"].append(f"{point.protocol}: {reason}")
-                    continue
-                values += self._measure(engine, baseline, point, context, bandwidth)
-        finally:
-            if baseline is not None:
-                baseline.close()
+        for point in points:
+            reason = _does_not_fit(per_token, point, self.decode_tokens, context.hardware)
+            if reason:
+                left_out.append(f"{point.protocol}: {reason}")
+                continue
+            values += self._measure(engine, baseline, point, context, bandwidth)
         return values
 
-    def _check(self, engine: Engine) -> None:
+    def _fitting(self, engine: Engine) -> tuple[list[Point], list[str]]:
+        """Return the points inside the model's context, and a sentence for each of the others.
+
+        Raises:
+            ConfigError: all are outside.
+        """
+        fitting: list[Point] = []
+        others: list[str] = []
         for point in self.points():
             wanted = max(point.prompt, point.depth + self.decode_tokens)
-            if wanted > engine.context_length:
-                raise ConfigError(
-                    f"speed at {point.protocol} with {self.decode_tokens} decoded tokens needs a "
-                    f"context of {wanted} tokens, but the model has {engine.context_length}"
-                )
+            if wanted <= engine.context_length:
+                fitting.append(point)
+                continue
+            others.append(
+                f"{point.protocol}: with {self.decode_tokens} decoded tokens it needs a context "
+                f"of {wanted} tokens, but the model has {engine.context_length}"
+            )
+        if not fitting:
+            raise ConfigError(f"speed has no point to measure; {others[0]}")
+        return fitting, others
 
     def _measure(
         self,
@@ -163,7 +184,7 @@ class Speed:
         read = bytes_read_per_token(engine, context.artefact)
         step = median(t for burst in own for t in burst.tokens)
         if read is not None:
-            bandwidth = _plausible(read / step, read, bandwidth, point, context.hardware)
+            bandwidth = _plausible(read, step, bandwidth, point, context.hardware)
             values.append(_value("achieved_bytes_per_second", point, read / step, "B/s", None))
         values.append(_value("copy_bytes_per_second", point, bandwidth.copy, "B/s", None))
         medians = [median(burst.tokens) for burst in own]
@@ -218,25 +239,25 @@ def _ratios(point: Point, own: list[Burst], other: list[Burst], seed: int) -> li
 
 
 def _plausible(
-    achieved: float, read: int, bandwidth: Bandwidth, point: Point, hardware: Hardware
+    read: int, seconds: float, bandwidth: Bandwidth, point: Point, hardware: Hardware
 ) -> Bandwidth:
-    """Return the bandwidth, measured again where `achieved` bytes a second exceed it.
+    """Return the bandwidth, measured again where `read` bytes in `seconds` exceed it.
+
+    At most the caches' capacity of those bytes can have come from elsewhere than memory.
 
     Raises:
-        ImpossibleSpeedError: weights that no cache holds are read faster than memory gives them.
+        ImpossibleSpeedError: the others came faster than memory gives them.
     """
-    if read <= processor_cache_bytes(hardware.device):
-        return bandwidth
-    for _ in range(ATTEMPTS):
-        if achieved <= ABOVE_PEAK * bandwidth.ceiling:
+    from_memory = (read - processor_cache_bytes(hardware.device)) / seconds
+    for attempt in range(ATTEMPTS + 1):
+        if from_memory <= ABOVE_PEAK * bandwidth.ceiling:
             return bandwidth
-        again = measure_bandwidth(hardware.device, free_bytes(hardware))
-        bandwidth = Bandwidth(max(bandwidth.copy, again.copy), max(bandwidth.read, again.read))
-    if achieved <= ABOVE_PEAK * bandwidth.ceiling:
-        return bandwidth
+        if attempt < ATTEMPTS:
+            again = measure_bandwidth(hardware.device, free_bytes(hardware))
+            bandwidth = Bandwidth(max(bandwidth.copy, again.copy), max(bandwidth.read, again.read))
     raise ImpossibleSpeedError(
-        f"decoding at {point.protocol} would read weights at {achieved / 1e9:.1f} GB/s, above the "
-        f"{bandwidth.ceiling / 1e9:.1f} GB/s that the memory gives: the timing is wrong"
+        f"decoding at {point.protocol} would read weights at {from_memory / 1e9:.1f} GB/s, above "
+        f"the {bandwidth.ceiling / 1e9:.1f} GB/s that the memory gives: the timing is wrong"
     )
 
 

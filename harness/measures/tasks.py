@@ -74,7 +74,7 @@ class Tasks:
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
 
-        from harness.measures.lm_eval_model import EngineModel
+        from harness.measures.lm_eval_model import EngineModel, templates_compiled_once
 
         stop_ids = _stop_ids(context.artefact)
         model = EngineModel(engine, context.tokenizer, self.batch_size, stop_ids)
@@ -85,9 +85,10 @@ class Tasks:
             for name, task in loaded["tasks"].items():
                 self._configure(name, task)
             # Not simple_evaluate: it spends a second on collecting facts of the environment.
-            results = evaluate(
-                lm=model, task_dict=loaded, limit=self.limit, bootstrap_iters=0, log_samples=True
-            )
+            with templates_compiled_once():
+                results = evaluate(
+                    model, loaded, limit=self.limit, bootstrap_iters=0, log_samples=True
+                )
         values: list[Value] = []
         for name, task in loaded["tasks"].items():
             protocol = f"{name}_{task.get_config('num_fewshot')}shot"

@@ -13,9 +13,16 @@ MODEL = {"kind": "local", "digest": "abc"}
 METHOD = {"_target_": "methods.unquantized.Unquantized", "name": "fp32", "dtype": "float32"}
 CONFIG: dict[str, Any] = {
     "model": {"name": "m"},
-    "method": {"name": "rtn", "bits": 4, "group_size": 128},
+    "method": {"_target_": "methods.rtn.RTN", "name": "rtn", "bits": 4, "group_size": 128},
+    "baseline": METHOD,
+    "seed": 0,
     "hardware": {"name": "cpu", "device": "cpu", "threads": 2, "time_limit_seconds": 60},
-    "suite": {"name": "smoke", "measures": {"perplexity": {"windows": 4}}},
+    "suite": {
+        "name": "smoke",
+        "measures": {
+            "perplexity": {"_target_": "harness.measures.perplexity.Perplexity", "windows": 4}
+        },
+    },
     "reference_dtype": "float32",
 }
 
@@ -82,3 +89,20 @@ def test_the_folder_of_a_cell_says_what_it_is_and_stays_in_place() -> None:
     assert "/" not in folder
     assert not folder.startswith(".")
     assert "<" not in folder
+
+
+def test_code_counts_by_what_a_module_imports() -> None:
+    rtn = identity.code_digest("methods.rtn.RTN")
+    assert rtn == identity.code_digest("methods.rtn.RTN")
+    assert rtn != identity.code_digest("methods.unquantized.Unquantized")
+    names = {path.name for path in identity._imports(identity.ROOT / "methods" / "rtn.py")}
+    assert {"affine.py", "base.py", "layers.py"} <= names
+
+
+def test_the_reference_is_shared_by_all_methods_of_a_suite() -> None:
+    other = copy.deepcopy(CONFIG)
+    other["method"] = METHOD
+    assert identity.reference_key("m", CONFIG, "t") == identity.reference_key("m", other, "t")
+    assert identity.reference_key("m", CONFIG, "t") != identity.reference_key("n", CONFIG, "t")
+    other["suite"]["measures"]["perplexity"]["windows"] = 8
+    assert identity.reference_key("m", CONFIG, "t") != identity.reference_key("m", other, "t")

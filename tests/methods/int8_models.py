@@ -106,14 +106,6 @@ def round_trip(
     return report, method.load(folder, machine or Machine())
 
 
-def dequantize_instead(engine: Any) -> None:
-    """Make every quantized module multiply the same rounded values in float64."""
-    switched = [m for m in engine.model.modules() if hasattr(m, "dequantized")]
-    assert switched
-    for module in switched:
-        module.dequantized = True
-
-
 def divergence(reference: Tensor, other: Tensor) -> float:
     """Return the mean KL(reference || other) in nats of logits [..., V]."""
     p, q = reference.log_softmax(-1), other.log_softmax(-1)

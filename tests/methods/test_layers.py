@@ -324,7 +324,7 @@ def test_a_value_that_is_not_finite_is_named(value: float, dtype: torch.dtype) -
     weight = torch.ones(64, 32, dtype=dtype)
     check_finite("fine", weight)
     weight[5, 7] = value
-    with pytest.raises(ConfigError, match="weight some.name holds 1 values"):
+    with pytest.raises(ConfigError, match=r"weight some\.name holds 1 values"):
         check_finite("some.name", weight)
 
 

@@ -112,7 +112,12 @@ class Synthetic:
                     "text": " Lima and sells 12 pears a day.",
                 }
             ],
-            "model": {"name": self.model, "kind": "synthetic", "sha256": "0f1e2d", "parameters": PARAMETERS},
+            "model": {
+                "name": self.model,
+                "kind": "synthetic",
+                "sha256": "0f1e2d",
+                "parameters": PARAMETERS,
+            },
             "calibration": None,
         }
 
@@ -230,7 +235,7 @@ def simulated(record: Record) -> Record:
     return replace(record, details=details)
 
 
-def changed(record: Record, metric: str, **changes: Any) -> Record:
+def changed(record: Record, metric: str, /, **changes: Any) -> Record:
     """Return `record` with `changes` made to its values of `metric`."""
     values = tuple(replace(v, **changes) if v.metric == metric else v for v in record.values)
     return replace(record, values=values)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.embedded import generate
+from harness.embedded import generate, items
 from harness.embedded.world import PEOPLE, PERSON_ATTRIBUTES, TOWN_FACTS, all_facts
 
 STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.")
@@ -73,16 +73,16 @@ def test_probes_find_what_training_text_does_hold(training_text: str) -> None:
 def test_every_sum_is_worked_rightly() -> None:
     for row in rows("sums") + rows("sums_dev"):
         steps = STEP.findall(row["answer"])
-        assert generate.FEWEST_STEPS <= len(steps) <= generate.MOST_STEPS
+        assert items.FEWEST_STEPS <= len(steps) <= items.MOST_STEPS
         total = None
         for left, sign, right, result in steps:
             assert total is None or total == int(left)
             total = int(left) + int(right) * (1 if sign == "+" else -1)
             assert total == int(result)
-            assert 0 < total <= generate.LARGEST_NUMBER
+            assert 0 < total <= items.LARGEST_NUMBER
         assert row["answer"].endswith(f"#### {total}")
         numbers = [int(steps[0][0]), *(int(step[2]) for step in steps)]
-        spoken = [generate.number_in_words(number) for number in numbers]
+        spoken = [items.number_in_words(number) for number in numbers]
         heard = re.findall(r"[a-z-]+", row["question"])
         assert [word for word in heard if word in spoken] == spoken
 
@@ -112,4 +112,4 @@ def test_the_world_is_a_constant() -> None:
     ("number", "words"), [(0, "zero"), (13, "thirteen"), (40, "forty"), (99, "ninety-nine")]
 )
 def test_number_in_words(number: int, words: str) -> None:
-    assert generate.number_in_words(number) == words
+    assert items.number_in_words(number) == words

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.embedded import train
+from harness.embedded.tokenizer import make_tokenizer
 
 TINY = train.Plan(
     steps=3,
@@ -28,7 +29,7 @@ TINY = train.Plan(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train.make_tokenizer(TINY.vocabulary, 50)
+    return make_tokenizer(TINY.vocabulary, 50)
 
 
 def run(tokenizer: PreTrainedTokenizerFast, plan: train.Plan) -> tuple[list[float], torch.Tensor]:

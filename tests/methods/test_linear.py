@@ -1,0 +1,225 @@
+"""The packed modules: buffers, facts, the choice of a kernel, and what they compute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.errors import ConfigError
+from methods.affine import Affine, dequantize, quantize
+from methods.base import Matrix, Role
+from methods.linear import Layout, QuantizedEmbedding, QuantizedModule, empty, module_of
+
+BITS = (8, 4, 3, 2)
+FORMATS = [
+    Affine(bits, group_size, symmetric, per_tensor)
+    for bits in BITS
+    for group_size, per_tensor in ((-1, False), (-1, True), (16, False), (32, False))
+    for symmetric in (True, False)
+]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The part of a hardware configuration that a module asks for."""
+
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    allow_fallback: bool = True
+
+
+def module(
+    affine: Affine,
+    out: int = 24,
+    width: int = 80,
+    count: int = 1,
+    role: Role = "block",
+    bias: bool = False,
+) -> tuple[QuantizedModule, Tensor, Tensor | None]:
+    """Return a filled module, the float32 weight it stands for, and its bias."""
+    generator = torch.Generator().manual_seed(out + width)
+    stack = (count,) if count > 1 else ()
+    weight = torch.randn(*stack, out, width, generator=generator)
+    quantized = quantize("w", weight, affine)
+    layout = Layout.of(Matrix("w", role, out, width, count), affine)
+    values = torch.randn(out, generator=generator) if bias else None
+    if bias:
+        layout = replace(layout, bias="float32")
+    return module_of(layout).fill(quantized, values), dequantize(quantized), values
+
+
+def relative(y: Tensor, expected: Tensor) -> float:
+    return float((y - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("affine", FORMATS, ids=str)
+def test_stored_bits_are_those_of_the_buffers(affine: Affine) -> None:
+    for width in (80, 83):
+        filled, _, _ = module(affine, 23, width, bias=True)
+        buffers = {name: b for name, b in filled.named_buffers() if name != "bias"}
+        assert filled.layout.stored_bits == sum(8 * b.nbytes for b in buffers.values())
+        assert set(buffers) <= {"packed", "scale", "zero_point"}
+        stack, _, _ = module(affine, 23, width, count=3)
+        assert stack.layout.stored_bits == sum(8 * b.nbytes for b in stack.buffers())
+        assert stack.layout.stored_bits == 3 * filled.layout.stored_bits
+
+
+@pytest.mark.parametrize("affine", FORMATS, ids=str)
+def test_a_linear_map_by_every_path(affine: Affine) -> None:
+    x = torch.randn(2, 5, 83, generator=torch.Generator().manual_seed(1))
+    for packed, dtype, tolerance in (
+        (False, "float32", 1e-5),
+        (True, "float32", 1e-2),
+        (True, "bfloat16", 1e-2),
+    ):
+        filled, weight, bias = module(affine, 23, 83, bias=True)
+        assert bias is not None
+        filled.prepare("w", Machine(compute_dtype=dtype), packed)
+        y = filled(x.to(getattr(torch, dtype)))
+        assert y.dtype == getattr(torch, dtype)
+        assert y.shape == (2, 5, 23)
+        assert relative(y.float(), x @ weight.T + bias) < tolerance
+
+
+@pytest.mark.parametrize("affine", FORMATS, ids=str)
+def test_an_embedding_reads_rows(affine: Affine) -> None:
+    filled, weight, _ = module(affine, 40, 83, role="embedding")
+    ids = torch.tensor([[0, 39, 7], [7, 1, 2]])
+    with_zeros = not affine.symmetric
+    if with_zeros:
+        with pytest.raises(RuntimeError, match="prepared"):
+            filled(ids)
+    filled.prepare("w", Machine())
+    filled.prepare("w", Machine())  # a second time changes nothing
+    torch.testing.assert_close(filled(ids), weight[ids], rtol=1e-6, atol=0)
+    assert isinstance(filled, QuantizedEmbedding)
+    filled.prepare("w", Machine(compute_dtype="bfloat16"))
+    assert filled(ids).dtype == torch.bfloat16
+    assert filled.use("w").execution == "dequantized"
+
+
+@pytest.mark.parametrize("affine", FORMATS, ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_stack_gives_each_expert_in_the_models_orientation(
+    affine: Affine, transposed: bool
+) -> None:
+    filled, weight, _ = module(affine, 24, 83, count=3)
+    filled.layout = replace(filled.layout, transposed=transposed)
+    filled.prepare("w", Machine())
+    for index in (0, torch.tensor(2)):
+        expected = weight[index].T if transposed else weight[index]
+        torch.testing.assert_close(filled[index], expected, rtol=1e-6, atol=0)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("affine", FORMATS, ids=str)
+def test_facts_are_json_and_build_the_module_again(affine: Affine) -> None:
+    filled, _, _ = module(affine, bias=True)
+    built = empty(json.loads(json.dumps(filled.facts())))
+    assert type(built) is type(filled)
+    assert all(buffer.is_meta for buffer in built.buffers())
+    state = filled.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in built.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in state.items()
+    }
+    built.load_state_dict(state, strict=True, assign=True)
+    x = torch.randn(3, 80, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(built(x), filled(x))
+
+
+def test_tensors_that_do_not_fit_their_facts_are_refused() -> None:
+    affine = Affine(4, 32)
+    layout = Layout.of(Matrix("w", "block", 24, 80), affine)
+    with pytest.raises(ValueError, match="do not fit"):
+        module_of(layout).fill(quantize("w", torch.ones(24, 64), affine), None)
+    with pytest.raises(ValueError, match="do not fit"):
+        module_of(layout).fill(quantize("w", torch.ones(24, 80), affine), torch.ones(24))
+
+
+def test_another_version_of_the_layout_is_refused() -> None:
+    facts = module(Affine(4, 32))[0].facts()
+    with pytest.raises(ValueError, match="packed layout version 99; this version reads 1"):
+        empty({**facts, "version": 99})
+
+
+PACKED = "packed"
+PLAIN = "dequantized"
+
+
+@pytest.mark.parametrize(
+    ("affine", "execution", "kernel"),
+    [
+        (Affine(4, 32), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
+        (Affine(4, 64, symmetric=True), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
+        (Affine(4, -1), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
+        (Affine(8, -1), PACKED, "aten::_weight_int8pack_mm"),
+        (Affine(8, -1, symmetric=True, per_tensor=True), PACKED, "aten::_weight_int8pack_mm"),
+        (
+            Affine(8, 32),
+            PLAIN,
+            "quantbench::packed_linear (aten::_weight_int8pack_mm takes one scale a row, "
+            "not groups of 32 inputs)",
+        ),
+        (
+            Affine(4, 48),
+            PLAIN,
+            "quantbench::packed_linear (aten::_weight_int4pack_mm_for_cpu takes no groups of 48 "
+            "inputs, only multiples of 32)",
+        ),
+        (Affine(3, 32), PLAIN, "quantbench::packed_linear (no packed kernel for 3 bits on cpu)"),
+        (Affine(2, -1), PLAIN, "quantbench::packed_linear (no packed kernel for 2 bits on cpu)"),
+    ],
+    ids=str,
+)
+def test_the_kernel_that_runs_is_named(affine: Affine, execution: str, kernel: str) -> None:
+    filled, _, _ = module(affine, 32, 192)
+    filled.prepare("a.b", Machine(compute_dtype="bfloat16"))
+    use = filled.use("a.b")
+    assert (use.name, use.layer, use.weights) == ("a.b", "QuantizedLinear", 32 * 192)
+    assert (use.execution, use.kernel) == (execution, kernel)
+    rounded, _, _ = module(affine, 32, 192)
+    rounded.prepare("a.b", Machine())
+    suffix = " (bfloat16 activations)" if execution == PACKED else ""
+    assert rounded.use("a.b").kernel == kernel + suffix
+    forced, _, _ = module(affine, 32, 192)
+    forced.prepare("a.b", Machine(), packed=False)
+    assert forced.use("a.b").kernel == "quantbench::packed_linear (asked for)"
+    assert forced.use("a.b").execution == PLAIN
+
+
+def test_converting_for_the_kernel_drops_what_was_stored() -> None:
+    filled, _, _ = module(Affine(4, 32), 64, 256)
+    stored = sum(buffer.nbytes for buffer in filled.buffers())
+    filled.prepare("w", Machine())
+    assert {name for name, _ in filled.named_buffers()} == {"linear.weight", "linear.scales"}
+    # bfloat16 scale and offset in place of a float16 scale and a 4-bit zero point.
+    assert sum(b.nbytes for b in filled.buffers()) == stored + 64 * 8 * 12 // 8
+    with pytest.raises(RuntimeError, match="dropped"):
+        filled.stored()
+
+
+@pytest.mark.parametrize(
+    ("affine", "dtype", "sentence"),
+    [
+        (Affine(8, 32), "bfloat16", "layer.q: aten::_weight_int8pack_mm takes one scale a row"),
+        (Affine(4, 48), "bfloat16", "layer.q: aten::_weight_int4pack_mm_for_cpu takes no groups"),
+        (Affine(4, 32), "float32", "computes in bfloat16, not in float32"),
+    ],
+)
+def test_a_fallback_that_is_not_allowed_is_an_error(
+    affine: Affine, dtype: str, sentence: str
+) -> None:
+    filled, _, _ = module(affine, 32, 192)
+    with pytest.raises(ConfigError, match="allow_fallback is false") as caught:
+        filled.prepare("layer.q", Machine(compute_dtype=dtype, allow_fallback=False))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_bits_without_any_kernel_are_no_fallback(bits: int) -> None:
+    filled, _, _ = module(Affine(bits, 32))
+    filled.prepare("w", Machine(allow_fallback=False))
+    assert filled.use("w").execution == "dequantized"
