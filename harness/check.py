@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
@@ -28,6 +29,11 @@ def _problems(config: dict[str, Any]) -> list[str]:
     found: list[str] = []
     try:
         hardware = instantiate(config["hardware"])
+        if hardware.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"hardware is {hardware.name}, but torch {torch.__version__} sees no CUDA card "
+                "here; pass hardware=cpu"
+            )
         instantiate(config["method"]).check(hardware)
         instantiate(config["baseline"]).check(hardware)
         for node in config["suite"]["measures"].values():

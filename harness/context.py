@@ -28,7 +28,8 @@ class Context:
         hardware: the hardware of the cell.
         artefact: folder of the artefact behind the engine.
         cache: entries shared by the cells of a sweep.
-        model_key: identity of the unquantized model, part of every key of a reference's output.
+        model_key: identity of the unquantized model and its floating type, part of every key of a
+            reference's output.
         random_weights: quality means nothing; measures of quality are not run.
         seed: seed of anything drawn.
         baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
@@ -64,12 +65,20 @@ class Context:
         return self.cache.get(f"reference/{kind}", [self.model_key, key], build)
 
 
+def reference_model_key(job: dict[str, Any]) -> str:
+    """Return `Context.model_key` of a child's job."""
+    return f"{job['model_key']} {job['config']['reference_dtype']}"
+
+
 class Measure(Protocol):
     """One question asked of an engine; a frozen dataclass whose fields are its YAML's schema.
 
     Attributes:
         quality: its values say something of the weights, so nothing for random ones.
         needs: capabilities the engine must have.
+
+    A measure that takes memory of its own has `adds_memory: ClassVar[bool] = True`: the engine's
+    peak memory is read before it runs.
     """
 
     quality: ClassVar[bool]

@@ -24,7 +24,10 @@ KEY_LENGTH = 12
 
 
 def code_digest(*modules: str) -> str:
-    """Return one digest over the source of `modules` and of all of the project they import."""
+    """Return one digest over the source of `modules` and of all of the project they import.
+
+    A folder that bears a module's name holds its data (`tasks.py`, `tasks/`) and counts with it.
+    """
     sources: set[Path] = set()
     waiting = {path for module in modules for path in _files_of(module)}
     while waiting:
@@ -32,8 +35,14 @@ def code_digest(*modules: str) -> str:
         if path not in sources:
             sources.add(path)
             waiting |= _imports(path)
+    data = {
+        file
+        for source in sources
+        for file in source.with_suffix("").glob("*")
+        if source.name != "__init__.py" and file.is_file()
+    }
     state = hashlib.sha256()
-    for path in sorted(sources):
+    for path in sorted(sources | data):
         state.update(path.relative_to(ROOT).as_posix().encode())
         state.update(path.read_bytes())
     return state.hexdigest()

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 
 from harness.artefacts import Manifest, read_manifest
 from harness.cache import Cache
-from harness.context import Context, Measure, ReferenceMissingError
+from harness.context import Context, Measure, ReferenceMissingError, reference_model_key
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
@@ -86,6 +86,8 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     context = _context(job, hardware, progress, memory)
     for name, measure in measures.items():
         progress.write("failed", interrupted_at=name)
+        if getattr(measure, "adds_memory", False):
+            memory.values()
         _run_one(name, measure, engine, context, progress, stage)
     progress.values += memory.values()
     engine.close()
@@ -165,7 +167,7 @@ def _context(
         hardware=hardware,
         artefact=Path(job["artefact"]),
         cache=cache,
-        model_key=job["model_key"],
+        model_key=reference_model_key(job),
         random_weights=job["random_weights"],
         seed=config["seed"],
         baseline=load_baseline if job["baseline_artefact"] else None,

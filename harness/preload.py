@@ -9,11 +9,14 @@ from __future__ import annotations
 import gc
 
 import accelerate  # noqa: F401
+import lm_eval.evaluator
+import lm_eval.tasks  # noqa: F401
 import torch
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import harness.measure
+import harness.measures.lm_eval_model
 import harness.quantize
 import harness.reference  # noqa: F401
 

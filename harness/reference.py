@@ -12,7 +12,7 @@ from typing import Any
 from hydra.utils import instantiate
 
 from harness.cache import Cache
-from harness.context import Context, Measure
+from harness.context import Context, Measure, reference_model_key
 from harness.hardware import Hardware
 from harness.launch import Stage
 from harness.load import load_model
@@ -36,7 +36,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         hardware=hardware,
         artefact=Path(job["artefact"]),
         cache=cache,
-        model_key=job["model_key"],
+        model_key=reference_model_key(job),
         random_weights=job["random_weights"],
         seed=config["seed"],
     )
