@@ -1,7 +1,7 @@
 """PyTorch's own packed CPU kernels, and how stored weights are turned into their formats.
 
 Both accept activations in float32, bfloat16 and float16, but only bfloat16 is vectorized: on 4096 x
-4096 weights and one token, 4 bits take 0.9 ms in bfloat16, 70 ms in float16, and in float32 20 to
+4096 weights and one token, 4 bits take 0.9 ms in bfloat16, 70 ms in float16, and in float32 15 to
 60 times as long at every size and number of tokens, far longer than dequantizing. So activations of
 any other type are rounded to bfloat16 here; sums are float32 inside the kernels, results bfloat16.
 

@@ -4,7 +4,8 @@ The float model reads the calibration text once; an observer at each linear map'
 range of its 8-bit grid (`methods/observers.py`). Stored are int8 weights, symmetric, one scale a
 row (`per_channel: false`: one a matrix), and one scale and zero point for the input.
 
-At run time the input is rounded to that fixed grid (uint8 affine; `symmetric: true`: int8) and
+At run time the input is rounded to that fixed grid (uint8; `symmetric: true`: zero_point 128, since
+for int8 inputs oneDNN has but its reference loops here, thousands of times slower) and
 `onednn::qlinear_pointwise` multiplies integers and returns floats. It is the kernel that torchao's
 pt2e and Inductor lower static INT8 to, called here without a compiler. On x86 with VNNI oneDNN runs
 it as an integer matrix product (`brg_matmul:avx512_core_vnni` in its own log) with 32-bit sums; all
@@ -42,7 +43,7 @@ from methods.int8_linear import (
 )
 from methods.layers import Scope, check_finite, replace, weight_of
 from methods.observers import (
-    LIMITS,
+    LEVELS,
     OBSERVERS,
     Grid,
     Observer,
@@ -53,6 +54,7 @@ from methods.observers import (
     observe_inputs,
 )
 
+KERNEL = "onednn::qlinear_pointwise, u8 x s8"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,16 +72,13 @@ class StaticLinear(nn.Module):
     float64 instead.
     """
 
-    def __init__(
-        self, weight: Tensor, scale: Tensor, grid: Grid, bias: Tensor | None, symmetric: bool
-    ) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, grid: Grid, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Buffer(weight)
         self.scale = nn.Buffer(scale)
         self.input_scale = nn.Buffer(torch.tensor([grid.scale]))
         self.input_zero_point = nn.Buffer(torch.tensor([grid.zero_point], dtype=torch.int32))
         self.bias = nn.Buffer(bias) if bias is not None else None
-        self.symmetric = symmetric
         self.dequantized = False
 
     @classmethod
@@ -90,9 +89,8 @@ class StaticLinear(nn.Module):
             return cls(
                 torch.empty(out_features, in_features, dtype=torch.int8),
                 torch.empty(out_features if facts["per_channel"] else 1),
-                Grid(1.0, 0, 0, 255),
+                Grid(1.0, 0),
                 torch.empty(out_features) if facts["bias"] is not None else None,
-                facts["symmetric"],
             )
 
     def prepare(self) -> None:
@@ -102,16 +100,12 @@ class StaticLinear(nn.Module):
             self.bias = nn.Buffer(self.bias.float())
         self.weight_zero_points = torch.zeros(self.scale.shape, dtype=torch.int32)
         # Read once: a tensor asked for its value at each call costs more than a small product.
-        self.grid = Grid(
-            float(self.input_scale),
-            int(self.input_zero_point),
-            *LIMITS[self.symmetric],
-        )
+        self.grid = Grid(float(self.input_scale), int(self.input_zero_point))
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return `x` on the input's grid: integers as float32, same shape; half rounds to even."""
         q = x.float() * (1 / self.grid.scale)
-        return q.round_().add_(self.grid.zero_point).clamp_(self.grid.first, self.grid.last)
+        return q.round_().add_(self.grid.zero_point).clamp_(0, LEVELS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the fixed grid, multiply integers, return x's type."""
@@ -119,7 +113,7 @@ class StaticLinear(nn.Module):
         if self.dequantized:
             return self._dequantized(q).to(x.dtype)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q.to(torch.int8 if self.symmetric else torch.uint8),
+            q.to(torch.uint8),
             self.grid.scale,
             self.grid.zero_point,
             self.weight,
@@ -149,17 +143,18 @@ class Int8Static:
 
     Attributes:
         calibration: how much of the calibration text is read.
-        observer: how a range is chosen: one of `methods.observers.OBSERVERS`.
+        observer: how a range is chosen: one of `methods.observers.OBSERVERS`. `mse` is also what
+            PyTorch's own default for x86 (HistogramObserver) minimizes.
         percentile: for observer `percentile`: per cent of the values that each end keeps inside.
         averaging: for observer `moving_average`: weight of each new sample.
-        symmetric: int8 activations with zero_point 0 instead of uint8 affine ones.
+        symmetric: activation grids around zero instead of ones that fit both ends of the range.
         per_channel: one weight scale a row; false: one a matrix.
         head, keep: scope, as for every method. Embeddings are looked up, never multiplied.
     """
 
     name: str
     calibration: Calibration
-    observer: ObserverName = "min_max"
+    observer: ObserverName = "mse"
     percentile: float = 99.99
     averaging: float = 0.01
     symmetric: bool = False
@@ -250,7 +245,6 @@ class Int8Static:
                 "out_features": matrix.out_features,
                 "in_features": matrix.in_features,
                 "per_channel": self.per_channel,
-                "symmetric": self.symmetric,
                 "bias": dtype_name(linear.bias),
             }
             replace(model, matrix, linear)
@@ -269,7 +263,7 @@ class Int8Static:
         # A code is q + 128, so the upper bit alone tells it from q.
         weight = rounded.codes.bitwise_xor(128).view(torch.int8)
         bias = stored_bias(model, matrix)
-        return StaticLinear(weight, rounded.scale.flatten(), grid, bias, self.symmetric)
+        return StaticLinear(weight, rounded.scale.flatten(), grid, bias)
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the model and pack its weights for the integer kernel."""
@@ -289,12 +283,11 @@ class Int8Static:
             weights = module.weight.numel()
             module.prepare()
             module.dequantized = dequantized
-            kernel = f"onednn::qlinear_pointwise, {'s8' if module.symmetric else 'u8'} x s8"
             uses.append(
                 KernelUse(
                     name,
                     type(module).__name__,
-                    DEQUANTIZED if dequantized else kernel,
+                    DEQUANTIZED if dequantized else KERNEL,
                     "dequantized" if dequantized else "packed",
                     weights,
                 )

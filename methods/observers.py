@@ -4,9 +4,8 @@ Each observer is fed with the batches a layer sees during calibration and then n
 `(low, high)`; no activation is kept. `min_max` and `moving_average` remember two numbers.
 `percentile`, `mse` and `kl` share one `Histogram` and differ only in how they read it.
 
-A range becomes a grid by `grid_of`: `value = scale * (q - zero_point)`, uint8 affine (0..255) or,
-where symmetric, int8 (-128..127) with zero_point 0. Zero is always on the grid, since padding and
-gates produce it exactly.
+A range becomes a grid by `grid_of`: `value = scale * (q - zero_point)` with q in 0..255; symmetric
+grids have zero_point 128. Zero is always on the grid, since padding and gates produce it exactly.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ ObserverName = Choice["min_max", "moving_average", "percentile", "mse", "kl"]
 OBSERVERS: tuple[str, ...] = get_args(ObserverName)
 
 LEVELS = 256
-LIMITS = {False: (0, 255), True: (-128, 127)}
-"""First and last integer of a grid: affine, and symmetric."""
+SYMMETRIC_ZERO = 128
+"""Zero point of a symmetric grid: a code is q + 128, as in `methods.affine`."""
 
 BINS = 8192
 """Bins of a histogram: 2048 to 4096 of them lie between zero and the largest magnitude seen."""
@@ -42,23 +41,20 @@ SMOOTHING = 1e-4
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform 8-bit grid: `value = scale * (q - zero_point)`, `first <= q <= last`."""
+    """A uniform 8-bit grid: `value = scale * (q - zero_point)`, q in 0..255."""
 
     scale: float
     zero_point: int
-    first: int
-    last: int
 
 
 def grid_of(low: float, high: float, symmetric: bool) -> Grid:
     """Return the 8-bit grid that covers `low` to `high` and zero, its scale rounded to float32.
 
-    Symmetric: scale = max(|low|, |high|) / 127, q in -128..127. Affine: scale = (high - low) / 255,
-    q in 0..255.
+    Symmetric: scale = max(|low|, |high|) / 127, zero_point 128. Affine: scale = (high - low) / 255,
+    zero_point = round(-low / scale).
     """
     scale, zero_point = _qparams(torch.tensor([low]), torch.tensor([high]), symmetric)
-    first, last = LIMITS[symmetric]
-    return Grid(float(scale), int(zero_point), first, last)
+    return Grid(float(scale), int(zero_point))
 
 
 def _qparams(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -66,7 +62,7 @@ def _qparams(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor
     affine = Affine(8, symmetric=symmetric, scale_dtype="float32")
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale, zero_point = parameters("activations", low, high, affine)
-    zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+    zeros = torch.full_like(scale, SYMMETRIC_ZERO) if zero_point is None else zero_point
     return scale.double(), zeros.double()
 
 
@@ -317,7 +313,7 @@ def _least_error(
     """Return the candidate range (float64 [candidates] each) of least squared error."""
     centres, counts = histogram.points()
     scale, zero_point = (part[:, None] for part in _qparams(low, high, symmetric))
-    q = (centres / scale).round_().add_(zero_point).clamp_(*LIMITS[symmetric])
+    q = (centres / scale).round_().add_(zero_point).clamp_(0, LEVELS - 1)
     error = q.sub_(zero_point).mul_(scale).sub_(centres).square_() @ counts
     best = int(error.argmin())
     return float(low[best]), float(high[best])
@@ -331,6 +327,8 @@ def kl_range(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
     bins; the candidate is the same histogram without that mass, merged into 256 levels and spread
     again over the bins that were filled. Here both signs are kept (TensorRT takes magnitudes), the
     range ends at the data where that is nearer than the threshold, and 128 thresholds are tried.
+    It was made for image models; the rare large activations of a language model carry much, and
+    clipping them can cost more than a coarse grid does.
     Exact zeros, which gates and padding give and every grid holds, must not decide: the bin at zero
     counts no more than its neighbours, as in NVIDIA's pytorch-quantization (`bins[0] = bins[1]`).
     """

@@ -13,14 +13,19 @@ import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harness.record import read_records
 from reports import words
-from reports.rows import Row, family, kernels, machine, sequence
+from reports.rows import Row, family, kernels, machine, make_rows, sequence
 from reports.terminal import summary_text as summary_text
+
+if TYPE_CHECKING:
+    import pandas
 
 AXES = ("cell", "model", "method", "bits", "group_size", "hardware", "status", "execution")
 FIRST_METRICS = (
@@ -117,14 +122,34 @@ def results_csv(rows: Sequence[Row]) -> bytes:
 
 def results_parquet(rows: Sequence[Row]) -> bytes:
     """Return `results` as Parquet."""
-    columns, table = results(rows)
-    arrays = [_array(name, table) for name in columns]
-    return _parquet(pa.table(arrays, names=columns))
+    return _parquet(_results_table(rows))
 
 
 def values_parquet(rows: Sequence[Row]) -> bytes:
     """Return `values` as Parquet; `samples` is a list of float64."""
-    table = values(rows)
+    return _parquet(_values_table(rows))
+
+
+def frames(runs_dir: Path) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Return `results` and `values` of the records under `runs_dir` as pandas tables.
+
+    Columns are Arrow-backed, so that a missing figure (NA) stays apart from one that is NaN.
+    Damaged records are left out, as in the report, which names them.
+    """
+    import pandas
+
+    rows = make_rows(read_records(runs_dir)[0])
+    tables = (_results_table(rows), _values_table(rows))
+    results_, values_ = (t.to_pandas(types_mapper=pandas.ArrowDtype) for t in tables)
+    return results_, values_
+
+
+def _results_table(rows: Sequence[Row]) -> pa.Table:
+    columns, table = results(rows)
+    return pa.table([_array(name, table) for name in columns], names=columns)
+
+
+def _values_table(rows: Sequence[Row]) -> pa.Table:
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("cell", "model", "method")),
@@ -139,7 +164,7 @@ def values_parquet(rows: Sequence[Row]) -> bytes:
             ("column", pa.string()),
         ]
     )
-    return _parquet(pa.Table.from_pylist(table, schema=schema))
+    return pa.Table.from_pylist(values(rows), schema=schema)
 
 
 def _base(of_family: str, metric: str, protocol: str) -> str:

@@ -54,13 +54,13 @@ def random_layer(
     weight = torch.randint(-128, 128, (out, width), dtype=torch.int8)
     scale = torch.rand(out if per_channel else 1) * 0.01 + 1e-3
     grid = grid_of(-3.0, 4.0, symmetric)
-    return StaticLinear(weight, scale, grid, torch.randn(out) if bias else None, symmetric)
+    return StaticLinear(weight, scale, grid, torch.randn(out) if bias else None)
 
 
 def integer_reference(layer: StaticLinear, weight: Tensor, x: Tensor, grid: Grid) -> Tensor:
     """Return float64 [..., out]: an exact integer product, then scales and bias."""
     q = (x / grid.scale).round() + grid.zero_point
-    q = q.clamp(grid.first, grid.last).long() - grid.zero_point
+    q = q.clamp(0, 255).long() - grid.zero_point
     product = (q @ weight.long().T).double()
     y = product * grid.scale * layer.scale.double()
     return y if layer.bias is None else y + layer.bias.double()
@@ -92,15 +92,31 @@ def test_integer_kernel_against_an_integer_reference(
 
 
 @needs_integer_kernel
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_sums_do_not_saturate(symmetric: bool) -> None:
+@pytest.mark.parametrize("zero_point", [0, 128])
+def test_sums_do_not_saturate(zero_point: int) -> None:
     """Largest inputs times largest weights, where 16-bit sums would clip."""
     weight = torch.full((16, 4096), 127, dtype=torch.int8)
-    last = 127 if symmetric else 255
-    grid = Grid(1.0, 0, -128 if symmetric else 0, last)
-    layer = StaticLinear(weight, torch.ones(1), grid, None, symmetric)
+    layer = StaticLinear(weight, torch.ones(1), Grid(1.0, zero_point), None)
     layer.prepare()
-    assert torch.equal(layer(torch.full((2, 4096), 1e9)), torch.full((2, 16), 127.0 * last * 4096))
+    largest = 127.0 * (255 - zero_point) * 4096
+    assert torch.equal(layer(torch.full((2, 4096), 1e9)), torch.full((2, 16), largest))
+
+
+@needs_integer_kernel
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_onednn_says_that_the_product_is_its_vnni_kernel(
+    dtype: torch.dtype, symmetric: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For some types oneDNN has but reference loops, right and thousands of times slower."""
+    layer = random_layer(33, 65, bias=True, symmetric=symmetric, per_channel=True)
+    layer.prepare()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        layer(torch.randn(3, 65, dtype=dtype))
+    log = [line for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
+    assert len(log) == 1
+    assert "vnni" in log[0] or "amx" in log[0]
+    assert "src:u8" in log[0]
 
 
 @needs_integer_kernel

@@ -66,7 +66,7 @@ def test_a_kernel_that_reads_another_layout_is_caught(
     packed, plain = method.load(tmp_path, Machine()), method.load_dequantized(tmp_path, Machine())
     for module in packed.model.modules():  # type: ignore[attr-defined]
         if isinstance(module, Int4Linear):
-            module.weight = damage(module.weight)
+            module.weight.copy_(damage(module.weight))
     with pytest.raises(PathDisagreementError, match="prefill: logits of the packed and the deq"):
         compare_paths(packed, plain, tiny_ids(), method.path_tolerance)
 

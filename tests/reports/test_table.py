@@ -4,12 +4,13 @@ import csv
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from harness.record import Record, Value
+from harness.record import Record, Value, write_record
 from reports import table
 from reports.rows import make_rows
 from tests.reports.synthetic import PERPLEXITY, SPEED, changed
@@ -160,3 +161,17 @@ def test_csv_and_parquet_hold_the_same(sweep: list[Record]) -> None:
                 assert float(text) == value
             elif not isinstance(value, bool):
                 assert text == str(value)
+
+
+def test_pandas_tables_keep_missing_apart_from_nan(tmp_path: Path, sweep: list[Record]) -> None:
+    perplexity = f"perplexity_{PERPLEXITY}"
+    for record in sweep:
+        write_record(record, tmp_path / record.cell)
+    results, values = table.frames(tmp_path)
+    columns, rows = read_csv(sweep)
+    assert list(results.columns) == columns
+    assert results["cell"].tolist() == list(rows)
+    missing = [cell for cell, row in rows.items() if row[perplexity] == ""]
+    assert results[results[perplexity].isna()]["cell"].tolist() == missing
+    assert set(values["cell"]) <= set(rows)
+    assert values["samples"].map(len).max() > 1
