@@ -33,6 +33,8 @@ class Context:
         random_weights: quality means nothing; measures of quality are not run.
         seed: seed of anything drawn.
         baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
+        dequantized: loads the artefact with every matrix dequantized at each call, and the
+            tolerance its logits must keep to; None for a method with one path only.
         details: what is not a number goes here, under the measure's name, and into the record.
     """
 
@@ -45,6 +47,7 @@ class Context:
     random_weights: bool
     seed: int
     baseline: Callable[[], Engine] | None = None
+    dequantized: Callable[[], tuple[Engine, float]] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, kind: str, key: Any) -> dict[str, Any]:
@@ -78,7 +81,8 @@ class Measure(Protocol):
         needs: capabilities the engine must have.
 
     A measure that takes memory of its own has `adds_memory: ClassVar[bool] = True`: the engine's
-    peak memory is read before it runs.
+    peak memory is read before it runs. One without which no other figure counts has
+    `decisive: ClassVar[bool] = True`: its failure is the cell's.
     """
 
     quality: ClassVar[bool]

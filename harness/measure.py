@@ -24,7 +24,7 @@ from harness.load import load_tokenizer
 from harness.memory import peak_bytes
 from harness.record import Failure, Record, Status, Value, write_record
 from kernels.errors import ConfigError
-from methods.base import Engine, KernelUse, Method
+from methods.base import Engine, KernelUse, Method, TwoPathMethod
 
 EXECUTIONS = ("packed", "dequantized", "simulated")
 
@@ -84,6 +84,10 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     _describe_kernels(progress, engine.kernels())
     memory = PeakMemory(job["resident_at_start"], hardware)
     context = _context(job, hardware, progress, memory)
+    if isinstance(method, TwoPathMethod):
+        artefact, loader, tolerance = Path(job["artefact"]), method, method.path_tolerance
+        context.dequantized = lambda: (loader.load_dequantized(artefact, hardware), tolerance)
+    decisive = {name for name, one in measures.items() if getattr(one, "decisive", False)}
     for name, measure in measures.items():
         progress.write("failed", interrupted_at=name)
         if getattr(measure, "adds_memory", False):
@@ -91,7 +95,8 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         _run_one(name, measure, engine, context, progress, stage)
     progress.values += memory.values()
     engine.close()
-    progress.write("partial" if progress.errors else "ok")
+    broken = any(error.stage in decisive for error in progress.errors)
+    progress.write("failed" if broken else "partial" if progress.errors else "ok")
 
 
 def _run_one(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -192,4 +192,15 @@ class Method(Protocol):
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the artefact in folder `artefact` for `hardware`."""
+        ...
+
+
+@runtime_checkable
+class TwoPathMethod(Protocol):
+    """A method whose packed kernels can be held against plain dequantized weights."""
+
+    path_tolerance: ClassVar[float]
+
+    def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
+        """Load the artefact with every matrix dequantized at each call."""
         ...
