@@ -83,7 +83,8 @@ class GridSweeper(Sweeper):
                     )
                 axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
-                axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+                assert override.input_line is not None
+                axes[key] = [override.input_line]
         return [list(point) for point in itertools.product(*axes.values())]
 
     def _cells(self, points: list[list[str]]) -> dict[str, tuple[Cell, list[str]]]:

@@ -132,7 +132,7 @@ class RTN:
         raise ConfigError(
             f"layer {matrix.name}: its width {matrix.in_features} is not a multiple of group_size "
             f"{self.group_size}; group sizes that fit it: {', '.join([*fitting, '-1'])} (-1 is per "
-            "channel); or set method.on_indivisible=pad"
+            "channel); or set on_indivisible=pad"
         )
 
     def quantize(

@@ -12,9 +12,7 @@ HEAVY = ("torch", "transformers", "pandas", "matplotlib", "lm_eval", "datasets")
 
 def loaded_after(statement: str, names: tuple[str, ...]) -> list[str]:
     code = f"import sys; {statement}; print([n for n in {names!r} if n in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [name for name in names if repr(name) in done.stdout]
 
 

@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 GROUPS = ("model", "method", "hardware", "suite", "job")
 SOURCES = [path.stem for path in sorted((CONF / "data").glob("*.yaml"))]
-CHOICES = [
-    (group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))
-]
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
 def composed(*overrides: str) -> Any:

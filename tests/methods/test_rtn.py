@@ -215,7 +215,7 @@ def test_a_width_that_no_group_divides_names_layer_width_and_sizes() -> None:
     assert str(caught.value) == (
         "layer model.layers.0.mlp.down_proj: its width 172 is not a multiple of group_size 32; "
         "group sizes that fit it: 43, 86, 172, -1 (-1 is per channel); "
-        "or set method.on_indivisible=pad"
+        "or set on_indivisible=pad"
     )
 
 
