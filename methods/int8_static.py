@@ -101,11 +101,13 @@ class StaticLinear(nn.Module):
         self.weight_zero_points = torch.zeros(self.scale.shape, dtype=torch.int32)
         # Read once: a tensor asked for its value at each call costs more than a small product.
         self.grid = Grid(float(self.input_scale), int(self.input_zero_point))
+        self.shift = torch.tensor(float(self.grid.zero_point))
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """Return `x` on the input's grid: integers as float32, same shape; half rounds to even."""
-        q = x.float() * (1 / self.grid.scale)
-        return q.round_().add_(self.grid.zero_point).clamp_(0, LEVELS - 1)
+        """Return `x` on the input's grid: integers 0..255 as float32, same shape."""
+        # One pass for two steps: where a matrix is small, each op costs more than its work.
+        q = torch.add(self.shift, x.float(), alpha=1 / self.grid.scale)
+        return q.round_().clamp_(0, LEVELS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the fixed grid, multiply integers, return x's type."""

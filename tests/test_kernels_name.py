@@ -33,7 +33,7 @@ print(json.dumps({
 
 def probe(folder: Path) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROBE], cwd=folder, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
