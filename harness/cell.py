@@ -158,7 +158,9 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     if source not in choices:
         raise ConfigError(f"data.source is {source!r}; it must be one of {', '.join(choices)}")
     try:
-        chosen = OmegaConf.to_container(config.data[source], resolve=True)
+        chosen: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            config.data[source], resolve=True
+        )
         rest = OmegaConf.masked_copy(
             config, [str(key) for key in config if key not in ("data", "job")]
         )
@@ -167,6 +169,10 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         )
     except OmegaConfBaseException as error:
         raise ConfigError(_missing_value(error)) from error
+    if "path" in chosen and chosen["path"] is None:
+        raise ConfigError(
+            f"data.source is {source!r}, which reads from a path; give it: data.path=PATH"
+        )
     return {**resolved, "data": chosen}
 
 

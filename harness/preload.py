@@ -7,19 +7,24 @@ be forked safely. A method's own library is imported by the child that needs it.
 from __future__ import annotations
 
 import gc
+import threading
 
 import accelerate  # noqa: F401
 import lm_eval.evaluator
 import lm_eval.tasks  # noqa: F401
 import torch
+import torch._dynamo  # the first call of an op of ours would import it, a second or two each cell
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
+from tqdm import tqdm
 
 import harness.measure
 import harness.measures.lm_eval_model
 import harness.quantize
 import harness.reference  # noqa: F401
 
+# Its default lock is shared between processes, which a child that ends at once never gives back.
+tqdm.set_lock(threading.RLock())
 # Objects alive now are never collected in a child, so their pages stay shared.
 gc.freeze()
 

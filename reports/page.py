@@ -155,8 +155,12 @@ def _section(group: Group, taken: set[str]) -> Section:
 
 
 def main_kernel(row: Row) -> str:
-    """Return the kernel that runs most of the row's weights, and how many others there are."""
-    names = list(dict.fromkeys(str(entry.get("kernel", "")) for entry in kernels(row)))
+    """Return the kernel that runs most of the row's weights, and how many others there are.
+
+    What stands in brackets behind a kernel's name is left to the table of kernels.
+    """
+    whole = dict.fromkeys(str(entry.get("kernel", "")) for entry in kernels(row))
+    names = list(dict.fromkeys(name.partition(" (")[0] for name in whole))
     if not names:
         return ""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

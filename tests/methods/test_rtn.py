@@ -282,8 +282,9 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_yaml_holds_every_option_at_its_default() -> None:
     path = Path(__file__).resolve().parents[2] / "conf" / "method" / "rtn.yaml"
     node = OmegaConf.load(path)
-    config = OmegaConf.create({"bits": 3, "group_size": 64, "method": node})
-    assert instantiate(config.method) == RTN("rtn", 3, 64)
+    axes = {"bits": 3, "group_size": 64, "on_indivisible": "pad"}
+    config = OmegaConf.create({**axes, "method": node})
+    assert instantiate(config.method) == RTN("rtn", 3, 64, on_indivisible="pad")
     assert set(node) - {"_target_"} == {field.name for field in fields(RTN)}
     config.method.keep = ["lm_head"]
     assert instantiate(config.method).keep == ("lm_head",)
