@@ -31,7 +31,7 @@ Protocol = Literal["gptq", "llamacpp"]
 
 HUB_CALIBRATION_CHARACTERS = 4_000_000
 EMBEDDED_CALIBRATION_SEED = 0
-LOCAL_INSTEAD = "data=local data.path=FOLDER, or data=text data.path=FILE"
+LOCAL_INSTEAD = "data.source=local data.path=FOLDER, or data.source=text data.path=FILE"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def windows(tokens: Tokens, seq_len: int, count: int | None = None) -> Tensor:
     if whole == 0:
         raise ConfigError(
             f"text {tokens.text!r} has {len(tokens.ids)} tokens, less than one window of "
-            f"{seq_len}; take a longer text (data=...) or a shorter window"
+            f"{seq_len}; take a longer text (data.source, data.path) or a shorter window"
         )
     used = whole if count is None else min(count, whole)
     return tokens.ids[: used * seq_len].view(used, seq_len)
@@ -118,7 +118,7 @@ class Texts:
         import torch
 
         key = self._key(self.source.calibration_digest(), "calibration")
-        name = f"calibration text of data={self.source.name}"
+        name = f"calibration text of data.source={self.source.name}"
         tokens = Tokens(name, self._ids(key, self.source.calibration_text, None), None, digest(key))
         windows(tokens, seq_len, 1)
         generator = torch.Generator().manual_seed(seed)
@@ -395,8 +395,8 @@ class TextFile(DataSource):
         """Return the calibration text."""
         if self.calibration_path is None:
             raise ConfigError(
-                "the method calibrates on text, but data=text has none to calibrate on; give "
-                "data.calibration_path=FILE, another text than the one that is scored"
+                "the method calibrates on text, but data.source=text has none to calibrate on; give "
+                "data.text.calibration_path=FILE, another text than the one that is scored"
             )
         return read_text(Path(self.calibration_path).expanduser().resolve(), "calibration_path")
 

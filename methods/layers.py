@@ -74,11 +74,11 @@ def _block_matrices(prefix: str, blocks: nn.ModuleList) -> Iterator[Matrix]:
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
                     count, rows, columns = parameter.shape
-                    out_in = (columns, rows) if _stack_is_transposed(module) else (rows, columns)
+                    out_in = (columns, rows) if stack_is_transposed(module) else (rows, columns)
                     yield Matrix(f"{name}.{own}", "block", *out_in, count=count)
 
 
-def _stack_is_transposed(module: nn.Module) -> bool:
+def stack_is_transposed(module: nn.Module) -> bool:
     """Whether the experts are stored [count, in, out]; transformers marks such modules."""
     return bool(getattr(module, "is_transposed", False))
 
@@ -157,7 +157,7 @@ def weight_of(model: nn.Module, matrix: Matrix) -> Tensor:
     owner, attribute = _owner(model, matrix)
     target = getattr(owner, attribute)
     if isinstance(target, Tensor):
-        return target.detach().transpose(1, 2) if _stack_is_transposed(owner) else target.detach()
+        return target.detach().transpose(1, 2) if stack_is_transposed(owner) else target.detach()
     weight = cast(Tensor, target.weight).detach()
     return weight.T if isinstance(target, Conv1D) else weight
 

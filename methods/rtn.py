@@ -20,7 +20,7 @@ from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import (
     Scope,
     Selection,
-    _stack_is_transposed,
+    stack_is_transposed,
     bias_of,
     check_finite,
     is_tied,
@@ -175,7 +175,7 @@ class RTN:
         layout = Layout.of(matrix, self.affine)
         if quantized.codes.ndim == 3:
             owner = model.get_submodule(matrix.name.rpartition(".")[0])
-            transposed = _stack_is_transposed(owner)
+            transposed = stack_is_transposed(owner)
             layout = dataclasses.replace(layout, kind="experts", transposed=transposed)
         if bias is not None:
             layout = dataclasses.replace(layout, bias=str(bias.dtype).removeprefix("torch."))

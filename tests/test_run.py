@@ -348,7 +348,7 @@ def test_a_text_shorter_than_a_window_is_said(tmp_path: Path) -> None:
         f"runs_dir={tmp_path / 'runs'}",
     )  # fmt: skip
     assert done.code == 1
-    assert unwrapped("shorter than one window") in unwrapped(done.out)
+    assert unwrapped("less than one window") in unwrapped(done.out)
 
 
 def test_a_full_disk_is_said_and_finished_cells_are_kept(tmp_path: Path) -> None:

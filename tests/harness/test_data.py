@@ -157,7 +157,7 @@ def test_a_text_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     Path(data.path).unlink()
     with pytest.raises(ConfigError, match=r"text\.txt cannot be read \(No such file"):
         data.rows()
-    with pytest.raises(ConfigError, match=r"data\.calibration_path=FILE"):
+    with pytest.raises(ConfigError, match=r"data\.text\.calibration_path=FILE"):
         data.calibration_digest()
 
 
@@ -270,7 +270,7 @@ def test_calibration_crops_are_seeded_pieces_of_the_text(tmp_path: Path, cache: 
     assert torch.equal(texts.calibration(50, 16, seed=0), crops)
     assert not torch.equal(texts.calibration(50, 16, seed=1), crops)
     assert texts.calibration(3, 400, seed=0).tolist() == [whole] * 3
-    with pytest.raises(ConfigError, match="'calibration text of data=text' has 400 tokens"):
+    with pytest.raises(ConfigError, match="'calibration text of data.source=text' has 400 tokens"):
         texts.calibration(1, 401, seed=0)
 
 
@@ -304,7 +304,9 @@ def test_data_of_the_hub_is_what_a_local_folder_would_give(tmp_path: Path) -> No
     assert ask(f"{HUB_DATA}.evaluation_digest()", home, CLOSED, offline=True) == expected
     sentence = ask(f"{HUB_DATA}.rows()", tmp_path / "empty", CLOSED)
     assert sentence.startswith("error: dataset Salesforce/wikitext is not")
-    assert sentence.endswith("pass data=local data.path=FOLDER, or data=text data.path=FILE")
+    assert sentence.endswith(
+        "pass data.source=local data.path=FOLDER, or data.source=text data.path=FILE"
+    )
 
 
 needs_shared = pytest.mark.skipif(
