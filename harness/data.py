@@ -395,7 +395,7 @@ class TextFile(DataSource):
         """Return the calibration text."""
         if self.calibration_path is None:
             raise ConfigError(
-                "the method calibrates on text, but data.source=text has none to calibrate on; give "
+                "the method calibrates on text, and data.source=text has none for that; give "
                 "data.text.calibration_path=FILE, another text than the one that is scored"
             )
         return read_text(Path(self.calibration_path).expanduser().resolve(), "calibration_path")

@@ -20,12 +20,12 @@ from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import (
     Scope,
     Selection,
-    stack_is_transposed,
     bias_of,
     check_finite,
     is_tied,
     replace,
     select,
+    stack_is_transposed,
     weight_of,
 )
 from methods.linear import Layout, QuantizedModule, module_of, packed_kernel

@@ -270,7 +270,7 @@ def test_calibration_crops_are_seeded_pieces_of_the_text(tmp_path: Path, cache: 
     assert torch.equal(texts.calibration(50, 16, seed=0), crops)
     assert not torch.equal(texts.calibration(50, 16, seed=1), crops)
     assert texts.calibration(3, 400, seed=0).tolist() == [whole] * 3
-    with pytest.raises(ConfigError, match="'calibration text of data.source=text' has 400 tokens"):
+    with pytest.raises(ConfigError, match=r"of data\.source=text' has 400 tokens"):
         texts.calibration(1, 401, seed=0)
 
 
