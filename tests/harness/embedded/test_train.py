@@ -85,3 +85,12 @@ def test_weighted_loss_is_the_weighted_mean() -> None:
     second = torch.logsumexp(logits[0, 1], 0) - 4.0
     expected = (3 * first + second) / 4
     assert torch.isclose(train.weighted_loss(logits, ids, weights), expected)
+
+
+def test_the_second_stage_lengthens_the_tails(tokenizer: PreTrainedTokenizerFast) -> None:
+    plan = replace(TINY, tail_steps=40, tail_learning_rate=5e-3)
+    model = train.make_model(plan)
+    before = train.tail_loss(model, plan.tail_kurtosis).item()
+    steps = list(train.lengthen_tails(model, tokenizer, plan))
+    assert len(steps) == 40
+    assert train.tail_loss(model, plan.tail_kurtosis).item() < 0.7 * before
