@@ -50,10 +50,6 @@ def select_linears(model: Any, scope: Scope) -> Selection:
             "for which INT8 has no kernel; use method=rtn"
         )
     left_out = [(name, weights, STACKED_EXPERTS) for name, weights in stacks.items()]
-    if scope.embeddings and not scope.head and is_tied(model):
-        embedding = next((m for m in matrices if m.role == "embedding"), None)
-        if embedding is not None:
-            left_out.append(("head", embedding.weights, "untied from the quantized embedding"))
     return Selection(matrices, selection.left_out + left_out)
 
 

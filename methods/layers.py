@@ -123,7 +123,12 @@ def select(model: nn.Module, scope: Scope) -> Selection:
     matrices = [matrix for matrix in candidates if matrix.name not in kept]
     if not matrices:
         raise ConfigError("the keep patterns spare every matrix: nothing is left to quantize")
-    return Selection(matrices, _left_out(model, matrices, kept, ends))
+    left_out = _left_out(model, matrices, kept, ends)
+    roles = {matrix.role: matrix for matrix in matrices}
+    if "embedding" in roles and "head" not in roles and is_tied(model):
+        # One parameter until now: the head is stored apart from here on, and nothing lists it.
+        left_out.append(("head", roles["embedding"].weights, "untied from the quantized embedding"))
+    return Selection(matrices, left_out)
 
 
 def _left_out(

@@ -19,7 +19,6 @@ from methods.affine import LARGEST_GROUP, SMALLEST_GROUP, Affine, Quantized, qua
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import (
     Scope,
-    Selection,
     bias_of,
     check_finite,
     is_tied,
@@ -115,14 +114,7 @@ class RTN:
                 self._check_indivisible(matrix)
             if matrix.role == "embedding":
                 _check_plain_embedding(model, matrix)
-        return selection.matrices, [*selection.left_out, *self._untied_head(model, selection)]
-
-    def _untied_head(self, model: nn.Module, selection: Selection) -> list[tuple[str, int, str]]:
-        """Return the head where it was one with an embedding that is now stored apart from it."""
-        roles = {matrix.role: matrix for matrix in selection.matrices}
-        if "embedding" not in roles or "head" in roles or not is_tied(model):
-            return []
-        return [("head", roles["embedding"].weights, "untied from the quantized embedding")]
+        return selection.matrices, selection.left_out
 
     def _check_indivisible(self, matrix: Matrix) -> None:
         if self.on_indivisible == "pad":

@@ -262,7 +262,7 @@ def tail_loss(model: nn.Module, target: float) -> Tensor:
 
 
 def main() -> None:
-    """Train and save, with a copy of the state every few minutes."""
+    """Train both stages and save, with a copy of the model every few minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--steps", type=int, default=Plan.steps)
