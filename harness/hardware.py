@@ -19,7 +19,21 @@ import psutil
 from kernels.errors import ConfigError
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-REPORTED_PACKAGES = ("torch", "transformers", "lm_eval", "torchao", "numpy", "quantbench")
+REPORTED_PACKAGES = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "numpy",
+    "accelerate",
+    "auto_round",
+    "bitsandbytes",
+    "compressed_tensors",
+    "gptqmodel",
+    "hqq",
+    "llmcompressor",
+    "torchao",
+    "quantbench",
+)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Artefact key: model, method with all its options, calibration text, seed, and the versions of the
 code and libraries that make the artefact. Cell key: artefact key, hardware and machine, suite,
 evaluation text, baseline, and the versions of the code that measures. Code counts by the digest of
-its source files, so no result of older code is ever taken for one of today's.
+its source files, so no result of older code is ever taken for one of today's; libraries count by
+the versions of those that this code imports, so that a new version makes its own cells new.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import sys
+from collections.abc import Iterable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness.hardware import machine_name, package_versions
+from harness.hardware import machine_name
 from harness.record import digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +32,7 @@ def code_digest(*modules: str) -> str:
 
     A folder that bears a module's name holds its data (`tasks.py`, `tasks/`) and counts with it.
     """
-    sources: set[Path] = set()
-    waiting = {path for module in modules for path in _files_of(module)}
-    while waiting:
-        path = waiting.pop()
-        if path not in sources:
-            sources.add(path)
-            waiting |= _imports(path)
+    sources = _sources(modules)
     data = {
         file
         for source in sources
@@ -46,6 +44,35 @@ def code_digest(*modules: str) -> str:
         state.update(path.relative_to(ROOT).as_posix().encode())
         state.update(path.read_bytes())
     return state.hexdigest()
+
+
+def library_versions(*modules: str) -> dict[str, str]:
+    """Return the installed versions of the libraries that `modules` and their imports import."""
+    names = {name for path in _sources(modules) for name in _imported(path)}
+    tops = {name.partition(".")[0] for name in names} - set(PACKAGES)
+    found = {name: _version(name) for name in sorted(tops - sys.stdlib_module_names)}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Return the version of the distribution that is named like module `name`, if there is one."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _sources(modules: Iterable[str]) -> set[Path]:
+    """Return the project's source files behind `modules`, all that they import included."""
+    sources: set[Path] = set()
+    waiting = {path for module in modules for path in _files_of(module)}
+    while waiting:
+        path = waiting.pop()
+        if path not in sources:
+            sources.add(path)
+            waiting |= _imports(path)
+    return sources
 
 
 def _files_of(module: str) -> set[Path]:
@@ -63,16 +90,19 @@ def _files_of(module: str) -> set[Path]:
 @cache
 def _imports(path: Path) -> frozenset[Path]:
     """Return the project files that the source at `path` imports, at whatever depth it does so."""
-    found: set[Path] = set()
+    return frozenset().union(*(_files_of(name) for name in _imported(path)))
+
+
+@cache
+def _imported(path: Path) -> frozenset[str]:
+    """Return what the source at `path` imports, wherever in it: modules, and names inside them."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found.update(*(_files_of(name) for name in names))
-    return frozenset(found)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
 
 
 def artefact_key(
@@ -85,8 +115,7 @@ def artefact_key(
             "method": method,
             "calibration": calibration,
             "seed": seed,
-            "code": code_digest("harness.quantize", method["_target_"]),
-            "packages": _library_versions(),
+            **_versions("harness.quantize", method["_target_"]),
         }
     )
 
@@ -102,16 +131,20 @@ def cell_key(artefact: str, baseline: str, config: dict[str, Any], evaluation: s
             "suite": config["suite"],
             "evaluation": evaluation,
             "reference_dtype": config["reference_dtype"],
-            "code": measuring_code(config),
-            "packages": _library_versions(),
+            **_versions(*_measuring(config)),
         }
     )
 
 
-def measuring_code(config: dict[str, Any]) -> str:
-    """Return the digest of the code that measures a cell: its method's loading code included."""
-    methods = (config["method"]["_target_"], config["baseline"]["_target_"])
-    return code_digest("harness.measure", "harness.sizes", *methods, *_measures(config))
+def _measuring(config: dict[str, Any]) -> list[str]:
+    """Return the modules that measure a cell: those that load its methods included."""
+    methods = [config["method"]["_target_"], config["baseline"]["_target_"]]
+    return ["harness.measure", "harness.sizes", *methods, *_measures(config)]
+
+
+def _versions(*modules: str) -> dict[str, Any]:
+    """Return what identifies the code of `modules` and the libraries under it."""
+    return {"code": code_digest(*modules), "packages": library_versions(*modules)}
 
 
 def reference_key(model: str, config: dict[str, Any], evaluation: str) -> str:
@@ -124,8 +157,7 @@ def reference_key(model: str, config: dict[str, Any], evaluation: str) -> str:
             "evaluation": evaluation,
             "seed": config["seed"],
             "dtype": config["reference_dtype"],
-            "code": code_digest("harness.reference", *_measures(config)),
-            "packages": _library_versions(),
+            **_versions("harness.reference", *_measures(config)),
         }
     )
 
@@ -138,11 +170,6 @@ def _hardware(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of the hardware a figure depends on; limits only decide whether there is one."""
     limits = ("memory_limit_bytes", "time_limit_seconds")
     return {key: value for key, value in config["hardware"].items() if key not in limits}
-
-
-def _library_versions() -> dict[str, str]:
-    # The project's own version changes with every release; its code digest is what counts.
-    return {name: v for name, v in package_versions().items() if name != "quantbench"}
 
 
 def cell_id(config: dict[str, Any], key: str) -> str:

@@ -57,7 +57,8 @@ from methods.int8_linear import (
     stored_bias,
     untie,
 )
-from methods.layers import Scope, bias_of, check_finite, replace, weight_of
+from methods.layers import Scope, check_finite, replace, weight_of
+from methods.library import linears_only
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -139,7 +140,7 @@ class Int8Dynamic:
         for matrix in matrices:
             check_finite(matrix.name, weight_of(model, matrix))
         biases = {matrix.name: stored_bias(model, matrix) for matrix in matrices}
-        _conv1d_to_linear(model, matrices)
+        linears_only(model, matrices)
         self._quantize_dynamic(model, matrices)
         layers: dict[str, artefacts.Facts] = {}
         for matrix in matrices:
@@ -233,18 +234,3 @@ def _runnable(
 def _empty(name: str, facts: artefacts.Facts) -> nn.Module:
     kind = StoredEmbedding if facts["layer"] == "embedding" else StoredLinear
     return kind.empty(facts)
-
-
-def _conv1d_to_linear(model: nn.Module, matrices: list[Matrix]) -> None:
-    """Put an nn.Linear for each transposed Conv1D, the only kind quantize_dynamic knows."""
-    for matrix in matrices:
-        if matrix.role == "embedding" or isinstance(model.get_submodule(matrix.name), nn.Linear):
-            continue
-        bias = bias_of(model, matrix)
-        linear = nn.Linear(
-            matrix.in_features, matrix.out_features, bias=bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(weight_of(model, matrix).contiguous(), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        replace(model, matrix, linear)

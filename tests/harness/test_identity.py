@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_the_artefact_key_depends_on_all_that_makes_the_artefact() -> None:
 
 def test_a_new_library_version_is_a_new_artefact(monkeypatch: pytest.MonkeyPatch) -> None:
     key = identity.artefact_key(MODEL, METHOD, None, 0)
-    monkeypatch.setattr(identity, "package_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(identity, "_version", lambda name: "9.9" if name == "torch" else None)
     assert identity.artefact_key(MODEL, METHOD, None, 0) != key
 
 
@@ -106,3 +107,11 @@ def test_the_reference_is_shared_by_all_methods_of_a_suite() -> None:
     assert identity.reference_key("m", CONFIG, "t") != identity.reference_key("n", CONFIG, "t")
     other["suite"]["measures"]["perplexity"]["windows"] = 8
     assert identity.reference_key("m", CONFIG, "t") != identity.reference_key("m", other, "t")
+
+
+def test_libraries_count_where_they_are_imported() -> None:
+    own = identity.library_versions("methods.rtn")
+    assert own["torch"] == metadata.version("torch")
+    assert "lm_eval" not in own
+    # Imported inside a function, and through another module of the project.
+    assert "lm_eval" in identity.library_versions("harness.measures.tasks")
