@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harness.hub import Repository
 from harness.record import digest
@@ -31,6 +31,10 @@ Protocol = Literal["gptq", "llamacpp"]
 
 HUB_CALIBRATION_CHARACTERS = 4_000_000
 EMBEDDED_CALIBRATION_SEED = 0
+EMBEDDED, WIKITEXT2 = "embedded", "wikitext2"
+WIKITEXT2_TRAIN = ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text")
+PROBES, PROBE_CHARACTERS, CONTAMINATED_SHARE = 200, 80, 0.05
+LOCAL_CALIBRATION = "data.source=local data.path=FOLDER"
 LOCAL_INSTEAD = "data.source=local data.path=FOLDER, or data.source=text data.path=FILE"
 
 
@@ -118,7 +122,7 @@ class Texts:
         import torch
 
         key = self._key(self.source.calibration_digest(), "calibration")
-        name = f"calibration text of data.source={self.source.name}"
+        name = f"calibration text {self.source.calibration_name}"
         tokens = Tokens(name, self._ids(key, self.source.calibration_text, None), None, digest(key))
         windows(tokens, seq_len, 1)
         generator = torch.Generator().manual_seed(seed)
@@ -178,18 +182,45 @@ class DataSource(ABC):
     Attributes:
         name: of the source, as records have it.
         text: of the evaluation text; the beginning of every protocol's name.
+        calibration: what methods calibrate on, whatever is scored: `embedded`, a name that the
+            source knows (`wikitext2`, `c4`, `wikipedia`, `code`), or the path of a text file (with
+            a / or ending in .txt); None is the source's own default.
+        default_calibration: that default; None where there is none.
     """
 
     name: str
     text: str
+    calibration: str | None
+    default_calibration: ClassVar[str | None]
 
     @abstractmethod
     def rows(self) -> list[str]:
         """Return the rows of the evaluation text; raises ConfigError where they are missing."""
 
     @abstractmethod
+    def named_calibration(self, name: str) -> str:
+        """Return the calibration text the source has under `name`; ConfigError if it has none."""
+
+    @property
+    def calibration_name(self) -> str:
+        """What is calibrated on; raises ConfigError where nothing was chosen and none is usual."""
+        name = self.calibration or self.default_calibration
+        if name is None:
+            raise ConfigError(
+                f"the method calibrates on text, and data.source={self.name} has none of its own; "
+                "give one: data.calibration=FILE (another text than the one that is scored), or "
+                "data.calibration=embedded"
+            )
+        return name
+
     def calibration_text(self) -> str:
         """Return the text that methods calibrate on; raises ConfigError where there is none."""
+        name = self.calibration_name
+        if name == EMBEDDED:
+            return _embedded_calibration_text()
+        if "/" in name or name.endswith(".txt"):
+            return read_text(Path(name).expanduser().resolve(), "data.calibration")
+        return self.named_calibration(name)
 
     def joined_text(self) -> str:
         """Return the rows joined with two newlines (GPTQ, AWQ)."""
@@ -212,10 +243,28 @@ class DataSource(ABC):
         """Return the SHA-256 of the calibration text."""
         return hashlib.sha256(self.calibration_text().encode()).hexdigest()
 
-    def contaminated(self) -> bool:
-        """Whether the evaluation text stands in the calibration text, or the other way round."""
-        evaluation, calibration = self.joined_text().strip(), self.calibration_text().strip()
-        return evaluation in calibration or calibration in evaluation
+    def contamination(self) -> str | None:
+        """Return in one sentence how the calibration text flatters the evaluation, or None.
+
+        Up to `PROBES` long lines of the evaluation text are looked for in the calibration text.
+        """
+        calibration = self.calibration_text()
+        lines = [line.strip() for row in self.rows() for line in row.splitlines() if line.strip()]
+        long = [line for line in lines if len(line) >= PROBE_CHARACTERS] or lines
+        probes = long[:: -(-len(long) // PROBES)]
+        found = sum(probe in calibration for probe in probes)
+        # A few lines that any two texts of a kind share say nothing.
+        if found >= CONTAMINATED_SHARE * len(probes):
+            return (
+                f"contaminated: {found} of {len(probes)} lines of the scored text stand in the "
+                f"calibration text ({self.calibration_name})"
+            )
+        if self.calibration_name == self.text:
+            return (
+                f"calibrated on another part of {self.text}, the data set that is scored: "
+                "its figures flatter methods that calibrate"
+            )
+        return None
 
     def texts(self, tokenizer: Any, cache: Cache) -> Texts:
         """Return the texts as tokens of `tokenizer`, kept in `cache`."""
@@ -234,6 +283,9 @@ class EmbeddedData(DataSource):
 
     name: str
     text: str
+    calibration: str | None = None
+
+    default_calibration: ClassVar[str] = EMBEDDED
 
     def __post_init__(self) -> None:
         _check_name(self.text)
@@ -243,13 +295,17 @@ class EmbeddedData(DataSource):
         path = Path(__file__).resolve().parent / "embedded" / "data" / "eval.txt"
         return [read_text(path, "the embedded evaluation text")]
 
-    def calibration_text(self) -> str:
-        """Return text of a stream that neither training nor evaluation draws from."""
-        return _embedded_calibration_text()
+    def named_calibration(self, name: str) -> str:
+        """Refuse every name: the project carries no other text."""
+        raise ConfigError(
+            f"data.calibration={name}: data.source=embedded has no such text; leave it out, give a "
+            f"text file, or name a folder that holds it: {LOCAL_CALIBRATION}"
+        )
 
 
 @cache
 def _embedded_calibration_text() -> str:
+    """Return text of a stream that neither training nor evaluation draws from."""
     from harness.embedded.generate import calibration_text
 
     return calibration_text(EMBEDDED_CALIBRATION_SEED)
@@ -263,7 +319,8 @@ class LocalData(DataSource):
         path: the folder; `~` is expanded, a relative path starts where the command was given.
         dataset, subset, split, column: the evaluation text, as the hub names it; the data set may
             be with or without its owner.
-        calibration: name of a file under `calibration/` (c4, wikipedia, code, ...).
+        calibration: beside what every source knows, a file under `calibration/` (c4, wikipedia,
+            code, ...); `wikitext2` is the train split of WikiText-2.
     """
 
     name: str
@@ -273,37 +330,42 @@ class LocalData(DataSource):
     subset: str
     split: str
     column: str
-    calibration: str
+    calibration: str | None = None
+
+    default_calibration: ClassVar[str] = "c4"
 
     def __post_init__(self) -> None:
         _check_name(self.text)
 
     def rows(self) -> list[str]:
         """Return the evaluation rows."""
+        return self._split(self.dataset, self.subset, self.split, self.column)
+
+    def _split(self, dataset: str, subset: str, split: str, name: str) -> list[str]:
         root = self._root()
         # In the hub's own layout the owner comes first.
-        short = self.dataset.rpartition("/")[2]
-        folders = [root / name / self.subset for name in dict.fromkeys((self.dataset, short))]
+        folders = [root / d / subset for d in dict.fromkeys((dataset, dataset.rpartition("/")[2]))]
         for folder in folders:
-            files = split_files(folder, self.split)
+            files = split_files(folder, split)
             if files:
-                return column(files, self.column)
+                return column(files, name)
         raise ConfigError(
-            f"data.path={self.path} has no {folders[-1].relative_to(root)}/{self.split} "
+            f"data.path={self.path} has no {folders[-1].relative_to(root)}/{split} "
             f"({', '.join(ROW_FORMATS)}); it must be a folder with the hub's names and columns"
         )
 
-    def calibration_text(self) -> str:
-        """Return the rows of the calibration file."""
+    def named_calibration(self, name: str) -> str:
+        """Return the rows of file `calibration/<name>`, or of WikiText-2's train split."""
         root = self._root()
-        files = split_files(root / "calibration", self.calibration)
-        if not files:
-            raise ConfigError(
-                f"data.path={self.path} has no calibration/{self.calibration} "
-                f"({', '.join(ROW_FORMATS)}), which the method calibrates on; name another with "
-                "data.calibration=NAME"
-            )
-        return "\n\n".join(column(files, "text"))
+        files = split_files(root / "calibration", name)
+        if files:
+            return "\n\n".join(column(files, "text"))
+        if name == WIKITEXT2:
+            return "\n\n".join(self._split(*WIKITEXT2_TRAIN))
+        raise ConfigError(
+            f"data.path={self.path} has no calibration/{name} ({', '.join(ROW_FORMATS)}), which "
+            "the method calibrates on; name another with data.calibration=NAME, or give a text file"
+        )
 
     def _root(self) -> Path:
         root = Path(self.path).expanduser().resolve()
@@ -321,8 +383,8 @@ class HubData(DataSource):
 
     Attributes:
         dataset, subset, split, column, revision: the evaluation text.
-        calibration_dataset, calibration_file: one file with a column `text` to calibrate on; its
-            first rows, 4 million characters of them.
+        calibrations: name -> one file of a data set to calibrate on (`dataset`, `file`, `column`);
+            its first rows, 4 million characters of them. `wikitext2` is the train split.
     """
 
     name: str
@@ -332,38 +394,52 @@ class HubData(DataSource):
     split: str
     column: str
     revision: str
-    calibration_dataset: str
-    calibration_file: str
+    calibrations: Mapping[str, Mapping[str, str]]
+    calibration: str | None = None
+
+    default_calibration: ClassVar[str] = "c4"
 
     def __post_init__(self) -> None:
         _check_name(self.text)
 
     def rows(self) -> list[str]:
         """Return the evaluation rows."""
-        repository = Repository("dataset", self.dataset, self.revision, LOCAL_INSTEAD)
+        return self._split(self.dataset, self.subset, self.split, self.column)
+
+    def _split(self, dataset: str, subset: str, split: str, name: str) -> list[str]:
+        repository = Repository("dataset", dataset, self.revision, LOCAL_INSTEAD)
 
         def lacks(folder: Path) -> str | None:
-            if split_files(folder / self.subset, self.split):
+            if split_files(folder / subset, split):
                 return None
-            return f"has no {self.subset}/{self.split} ({', '.join(ROW_FORMATS)})"
+            return f"has no {subset}/{split} ({', '.join(ROW_FORMATS)})"
 
-        names = [f"{self.subset}/{self.split}{end}" for end in ("-*.parquet", *ROW_FORMATS)]
+        names = [f"{subset}/{split}{end}" for end in ("-*.parquet", *ROW_FORMATS)]
         folder = repository.folder(names, lacks)
-        return column(split_files(folder / self.subset, self.split), self.column)
+        return column(split_files(folder / subset, split), name)
 
-    def calibration_text(self) -> str:
-        """Return the beginning of the calibration file."""
-        repository = Repository("dataset", self.calibration_dataset, "main", LOCAL_INSTEAD)
-        name = self.calibration_file
+    def named_calibration(self, name: str) -> str:
+        """Return the beginning of the file that `calibrations` has under `name`."""
+        if name == WIKITEXT2:
+            return "\n\n".join(self._split(*WIKITEXT2_TRAIN))
+        if name not in self.calibrations:
+            known = ", ".join([EMBEDDED, WIKITEXT2, *self.calibrations])
+            raise ConfigError(
+                f"data.calibration={name}: data.source=hub knows {known}; name one of them, or "
+                "give a text file"
+            )
+        source = self.calibrations[name]
+        repository = Repository("dataset", source["dataset"], "main", LOCAL_INSTEAD)
+        file = source["file"]
 
         def lacks(folder: Path) -> str | None:
-            return None if (folder / name).is_file() else f"has no file {name}"
+            return None if (folder / file).is_file() else f"has no file {file}"
 
-        folder = repository.folder([name], lacks)
+        folder = repository.folder([file], lacks)
         parts: list[str] = []
         length = 0
-        for row in read_rows(folder / name):
-            parts.append(cell(row, "text", folder / name))
+        for row in read_rows(folder / file):
+            parts.append(cell(row, source["column"], folder / file))
             length += len(parts[-1])
             if length >= HUB_CALIBRATION_CHARACTERS:
                 break
@@ -372,17 +448,18 @@ class HubData(DataSource):
 
 @dataclass(frozen=True)
 class TextFile(DataSource):
-    """Plain text files in UTF-8.
+    """A plain text file in UTF-8.
 
     Attributes:
         path: the evaluation text.
-        calibration_path: the text to calibrate on; null: methods that calibrate are refused.
     """
 
     name: str
     text: str
     path: str
-    calibration_path: str | None = None
+    calibration: str | None = None
+
+    default_calibration: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         _check_name(self.text)
@@ -391,14 +468,12 @@ class TextFile(DataSource):
         """Return the text, as one row."""
         return [read_text(Path(self.path).expanduser().resolve(), "data.path")]
 
-    def calibration_text(self) -> str:
-        """Return the calibration text."""
-        if self.calibration_path is None:
-            raise ConfigError(
-                "the method calibrates on text, and data.source=text has none for that; give "
-                "data.text.calibration_path=FILE, another text than the one that is scored"
-            )
-        return read_text(Path(self.calibration_path).expanduser().resolve(), "calibration_path")
+    def named_calibration(self, name: str) -> str:
+        """Refuse every name: a file brings no other text."""
+        raise ConfigError(
+            f"data.calibration={name}: data.source=text has no such text; give a text file, "
+            f"'embedded', or name a folder that holds it: {LOCAL_CALIBRATION}"
+        )
 
 
 def _check_name(text: str) -> None:

@@ -191,9 +191,8 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
     progress.details["model"] = {**manifest.model, **progress.job["model_identity"]}
     progress.details["calibration"] = manifest.calibration
     if manifest.calibration is not None:
-        source = instantiate(progress.job["config"]["data"])
-        if source.contaminated():
-            progress.details["notes"].append("calibrated on the text that is scored: contaminated")
+        said = instantiate(progress.job["config"]["data"]).contamination()
+        progress.details["notes"] += [said] if said else []
     progress.details["notes"] += manifest.notes
     seconds, peak = manifest.quantize_seconds, float(manifest.quantize_peak_bytes)
     progress.values += [

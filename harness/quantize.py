@@ -82,6 +82,6 @@ def _calibration(
     shown = {
         **asdict(settings),
         "digest": source.calibration_digest(),
-        "source": source.name,
+        "text": source.calibration_name,
     }
     return tokens, shown

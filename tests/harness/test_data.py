@@ -58,7 +58,6 @@ def local(root: Path, **changes: Any) -> LocalData:
         "subset": "wikitext-2-raw-v1",
         "split": "test",
         "column": "text",
-        "calibration": "c4",
     }
     return LocalData(**{**fields, **changes})
 
@@ -112,13 +111,32 @@ def test_calibration_text_is_another_file(tmp_path: Path) -> None:
     write_rows(tmp_path / "calibration/code.jsonl", [{"text": "int main"}, {"text": "return"}])
     assert local(tmp_path).calibration_text() == "calibrate on this"
     assert local(tmp_path, calibration="code").calibration_text() == "int main\n\nreturn"
-    assert not local(tmp_path).contaminated()
-    write_rows(
-        tmp_path / "calibration/same.jsonl", [{"text": f"more {local(tmp_path).joined_text()}"}]
-    )
-    assert local(tmp_path, calibration="same").contaminated()
+    (tmp_path / "own.txt").write_text("my own text")
+    own = str(tmp_path / "own.txt")
+    assert local(tmp_path, calibration=own).calibration_text() == "my own text"
+    embedded = EmbeddedData("embedded", "embedded").calibration_text()
+    assert local(tmp_path, calibration="embedded").calibration_text() == embedded
     with pytest.raises(ConfigError, match=r"no calibration/pile .* data\.calibration=NAME"):
         local(tmp_path, calibration="pile").calibration_text()
+
+
+def test_calibrating_on_what_is_scored_is_said(tmp_path: Path) -> None:
+    lines = [
+        f"line {i} of the scored text, " + "long enough to be told apart, " * 3 for i in "abcd"
+    ]
+    write_rows(tmp_path / LAYOUTS[0], [{"text": "short"}, *({"text": line} for line in lines)])
+    write_rows(tmp_path / "calibration/c4.jsonl", [{"text": "short, but no line of it"}])
+    write_rows(tmp_path / "calibration/half.jsonl", [{"text": "\n".join(["a", *lines[1:3]])}])
+    write_rows(tmp_path / LAYOUTS[0].replace("test", "train"), [{"text": "other articles"}])
+    assert local(tmp_path).contamination() is None
+    assert local(tmp_path, calibration="half").contamination() == (
+        "contaminated: 2 of 4 lines of the scored text stand in the calibration text (half)"
+    )
+    same_set = local(tmp_path, calibration="wikitext2")
+    assert same_set.calibration_text() == "other articles"
+    said = same_set.contamination()
+    assert said is not None
+    assert "another part of wikitext2" in said
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
@@ -157,8 +175,10 @@ def test_a_text_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     Path(data.path).unlink()
     with pytest.raises(ConfigError, match=r"text\.txt cannot be read \(No such file"):
         data.rows()
-    with pytest.raises(ConfigError, match=r"data\.text\.calibration_path=FILE"):
+    with pytest.raises(ConfigError, match=r"none of its own; give one: data\.calibration=FILE"):
         data.calibration_digest()
+    with pytest.raises(ConfigError, match=r"data\.calibration=c4: data\.source=text has no such"):
+        text_file(tmp_path, "scored", calibration="c4").calibration_text()
 
 
 @pytest.mark.parametrize("text", ["Wiki Text", "", "a-b"])
@@ -172,7 +192,11 @@ def test_embedded_texts_are_there_and_apart(cache: Cache) -> None:
     assert len(data.joined_text()) > 100_000
     assert len(data.calibration_text()) > 100_000
     assert data.evaluation_digest() != data.calibration_digest()
-    assert not data.contaminated()
+    said = data.contamination()
+    assert said is not None
+    assert "another part of embedded" in said
+    with pytest.raises(ConfigError, match=r"data\.calibration=c4: data\.source=embedded has no"):
+        EmbeddedData("embedded", "embedded", "c4").calibration_text()
     assert data.texts(None, cache).name == "embedded"
 
 
@@ -258,7 +282,7 @@ def test_calibration_crops_are_seeded_pieces_of_the_text(tmp_path: Path, cache: 
     calibration = tmp_path / "calibration.txt"
     content = "".join(chr(32 + i * 7 % 90) for i in range(400))
     calibration.write_text(content)
-    data = text_file(tmp_path, "scored", calibration_path=str(calibration))
+    data = text_file(tmp_path, "scored", calibration=str(calibration))
     texts = data.texts(tiny_tokenizer(), cache)
     crops = texts.calibration(50, 16, seed=0)
     assert crops.shape == (50, 16)
@@ -270,13 +294,13 @@ def test_calibration_crops_are_seeded_pieces_of_the_text(tmp_path: Path, cache: 
     assert torch.equal(texts.calibration(50, 16, seed=0), crops)
     assert not torch.equal(texts.calibration(50, 16, seed=1), crops)
     assert texts.calibration(3, 400, seed=0).tolist() == [whole] * 3
-    with pytest.raises(ConfigError, match=r"of data\.source=text' has 400 tokens"):
+    with pytest.raises(ConfigError, match=r"calibration\.txt' has 400 tokens"):
         texts.calibration(1, 401, seed=0)
 
 
 HUB_DATA = (
     "D.HubData('hub', 'wikitext2', 'Salesforce/wikitext', 'wikitext-2-raw-v1', 'test', 'text', "
-    "'main', 'allenai/c4', 'en/c4.json.gz')"
+    "'main', {'c4': {'dataset': 'allenai/c4', 'file': 'en/c4.json.gz', 'column': 'text'}}, %s)"
 )
 
 
@@ -296,13 +320,16 @@ def test_data_of_the_hub_is_what_a_local_folder_would_give(tmp_path: Path) -> No
     home = tmp_path / "home"
     expected = local(tmp_path).evaluation_digest()
     with serve(hub) as endpoint:
-        assert ask(f"{HUB_DATA}.evaluation_digest()", home, endpoint) == expected
-        assert ask(f"{HUB_DATA}.calibration_text().split()", home, endpoint) == (
+        assert ask(f"{HUB_DATA % None}.evaluation_digest()", home, endpoint) == expected
+        assert ask(f"{HUB_DATA % None}.calibration_text().split()", home, endpoint) == (
             "['web', 'page', 'another']"
         )
         assert not any("train" in path for path in hub.requests)
-    assert ask(f"{HUB_DATA}.evaluation_digest()", home, CLOSED, offline=True) == expected
-    sentence = ask(f"{HUB_DATA}.rows()", tmp_path / "empty", CLOSED)
+        assert "knows embedded, wikitext2, c4" in ask(
+            f"{HUB_DATA % repr('pile')}.calibration_text()", home, endpoint
+        )
+    assert ask(f"{HUB_DATA % None}.evaluation_digest()", home, CLOSED, offline=True) == expected
+    sentence = ask(f"{HUB_DATA % None}.rows()", tmp_path / "empty", CLOSED)
     assert sentence.startswith("error: dataset Salesforce/wikitext is not")
     assert sentence.endswith(
         "pass data.source=local data.path=FOLDER, or data.source=text data.path=FILE"
