@@ -33,7 +33,8 @@ class Manifest:
         matrices: the quantized matrices as dictionaries of `methods.base.Matrix`.
         stored_bits: all bits stored for them.
         left_out: (name, weights, reason) of every other parameter.
-        quantize_seconds: from the loaded model to the written files.
+        quantize_seconds: from the loaded model to the written files; None where nothing was
+            quantized here.
         quantize_peak_bytes: most memory the child took beyond what it started with.
         model: facts of the unquantized model (parameters, architecture, tied embeddings).
         calibration: what was calibrated on; None without calibration.
@@ -47,7 +48,7 @@ class Manifest:
     stored_bits: int
     left_out: list[list[Any]]
     notes: list[str]
-    quantize_seconds: float
+    quantize_seconds: float | None
     quantize_peak_bytes: int
     model: dict[str, Any]
     calibration: dict[str, Any] | None

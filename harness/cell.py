@@ -41,6 +41,7 @@ class Cell:
         command: the command that runs this cell again.
         id: name of its folder below `runs_dir`.
         key, artefact_key, baseline_key, model_key: the identities, as digests.
+        has_reference: whether there is an unquantized model to compare with.
     """
 
     config: dict[str, Any]
@@ -54,6 +55,7 @@ class Cell:
     reference_key: str
     model_identity: dict[str, Any]
     random_weights: bool
+    has_reference: bool
 
     @property
     def folder(self) -> Path:
@@ -128,6 +130,9 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
     if "commit" in model_identity:
         # The children load exactly what the keys were computed from.
         resolved["model"]["revision"] = model_identity["commit"]
+    reference = model_identity.get("reference", {})
+    if "commit" in reference:
+        resolved["model"]["reference"] = f"{reference['id']}@{reference['commit']}"
 
     def key_of(node: dict[str, Any]) -> str:
         calibration = data.calibration_digest() if "calibration" in node and not size_only else None
@@ -148,6 +153,7 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         reference_key=identity.reference_key(model_key, resolved, evaluation),
         model_identity=model_identity,
         random_weights=model.random_weights,
+        has_reference=model.original() is not None,
     )
 
 
@@ -261,12 +267,15 @@ def _job(cell: Cell) -> dict[str, Any]:
         "model_key": cell.model_key,
         "model_identity": cell.model_identity,
         "random_weights": cell.random_weights,
+        "has_reference": cell.has_reference,
         "marker": str(_marker(cell)),
         "summary": cell.summary(),
     }
 
 
 def _wants_baseline(cell: Cell) -> bool:
+    if not cell.has_reference:
+        return False
     measures = cell.config["suite"]["measures"].values()
     return any(node.get("interleave_baseline") for node in measures)
 
@@ -298,6 +307,8 @@ def _verifies(folder: Path) -> bool:
 
 
 def _ensure_reference(cell: Cell, hardware: Hardware, stage: Stage) -> Failure | None:
+    if not cell.has_reference:
+        return None
     marker = _marker(cell)
     with claim(
         marker.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} runs the reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from harness.cache import Cache
 from harness.data import Texts
@@ -32,6 +32,7 @@ class Context:
             reference's output.
         random_weights: quality means nothing; measures of quality are not run.
         seed: seed of anything drawn.
+        has_reference: whether there is an unquantized model to compare with.
         baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
         dequantized: loads the artefact with every matrix dequantized at each call, and the
             tolerance its logits must keep to; None for a method with one path only.
@@ -46,12 +47,13 @@ class Context:
     model_key: str
     random_weights: bool
     seed: int
+    has_reference: bool = True
     baseline: Callable[[], Engine] | None = None
     dequantized: Callable[[], tuple[Engine, float]] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, kind: str, key: Any) -> dict[str, Any]:
-        """Return a reference output that `Measure.prepare` wrote.
+        """Return a reference output that `Comparing.prepare` wrote.
 
         Raises:
             ReferenceMissingError: it is absent or damaged; the parent runs the reference again.
@@ -88,10 +90,15 @@ class Measure(Protocol):
     quality: ClassVar[bool]
     needs: ClassVar[frozenset[str]]
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Put what the measure compares with into the cache; `reference` is the FP32 model."""
-        ...
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Measure `engine`."""
+        ...
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A measure that compares with the unquantized model; not run where there is none."""
+
+    def prepare(self, reference: Engine, context: Context) -> None:
+        """Put what the measure compares with into the cache; `reference` is the FP32 model."""
         ...

@@ -73,11 +73,14 @@ def load_model(source: ModelSource) -> tuple[Any, Any]:
 def meta_model(config: Mapping[str, Any]) -> Any:
     """Return the causal language model of a configuration (as in config.json) on the meta device.
 
+    That of a quantized checkpoint is the shape it was made from.
+
     Raises:
         ConfigError: transformers knows no such architecture, or refuses a value.
     """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_configuration(config)).eval()
+        return AutoModelForCausalLM.from_config(_configuration(plain)).eval()
 
 
 def random_model(source: ShapeModel) -> Any:
@@ -157,7 +160,7 @@ def _checkpoint_model(folder: Path, allow_pickle: bool) -> Any:
     if "quantization_config" in config:
         raise ConfigError(
             f"the checkpoint in {folder} is quantized already (quantization_config in its "
-            "config.json); take the unquantized one"
+            "config.json); take the unquantized one, or method=checkpoint"
         )
     configuration = _configuration(config)
     if type(configuration) not in AutoModelForCausalLM._model_mapping:

@@ -17,7 +17,13 @@ from hydra.utils import instantiate
 
 from harness.artefacts import Manifest, read_manifest
 from harness.cache import Cache
-from harness.context import Context, Measure, ReferenceMissingError, reference_model_key
+from harness.context import (
+    Comparing,
+    Context,
+    Measure,
+    ReferenceMissingError,
+    reference_model_key,
+)
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
@@ -69,10 +75,10 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         name: instantiate(node) for name, node in config["suite"]["measures"].items()
     }
     method.check(hardware)
-    # The axes as the method has them: fp32 has 32 bits, though no option says so.
-    axes = {"bits": method.bits, "group_size": method.group_size}
-    progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)
     manifest = read_manifest(Path(job["artefact"]))
+    # The axes as the artefact has them: fp32 has 32 bits, though no option says so.
+    axes = {"bits": manifest.bits, "group_size": manifest.group_size}
+    progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)
     _describe_artefact(progress, manifest)
     stage("loading the artefact")
     start = time.perf_counter()
@@ -109,6 +115,12 @@ def _run_one(
 ) -> None:
     if context.random_weights and measure.quality:
         progress.details["notes"].append(f"{name} not measured: the weights are random")
+        return
+    if isinstance(measure, Comparing) and not context.has_reference:
+        progress.details["notes"].append(
+            f"{name} not measured: the checkpoint is quantized and model.reference names no "
+            "unquantized original to compare with"
+        )
         return
     missing = measure.needs - engine.capabilities
     if missing:
@@ -175,6 +187,7 @@ def _context(
         model_key=reference_model_key(job),
         random_weights=job["random_weights"],
         seed=config["seed"],
+        has_reference=job["has_reference"],
         baseline=load_baseline if job["baseline_artefact"] else None,
         details=progress.details,
     )
@@ -195,6 +208,8 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
         progress.details["notes"] += [said] if said else []
     progress.details["notes"] += manifest.notes
     seconds, peak = manifest.quantize_seconds, float(manifest.quantize_peak_bytes)
+    if seconds is None:
+        return
     progress.values += [
         Value("quantize", "quantize_seconds", "quantize", seconds, "s", False),
         Value("quantize", "quantize_peak_bytes", "process_peak", peak, "B", False),

@@ -7,6 +7,7 @@ never run: an architecture that transformers does not know is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,41 @@ class ModelSource(Protocol):
         """Return JSON that changes whenever the architecture does; for sizes by arithmetic."""
         ...
 
+    def original(self) -> ModelSource | None:
+        """Return the unquantized model: `reference` where given, itself, or None: there is none."""
+        ...
+
+
+def unquantized(source: ModelSource) -> ModelSource:
+    """Return the unquantized model of `source`.
+
+    Raises:
+        ConfigError: `source` is a quantized checkpoint and names no original.
+    """
+    original = source.original()
+    if original is None:
+        raise ConfigError(
+            f"model {source.name} is quantized already (quantization_config in its config.json); "
+            "measure it as it is with method=checkpoint, name its unquantized original with "
+            "model.reference=FOLDER or OWNER/NAME, or take the unquantized model"
+        )
+    return original
+
+
+def _reference(value: str | None) -> LocalModel | HubModel | None:
+    """Return the model that `model.reference` names: a folder, or OWNER/NAME[@REVISION]."""
+    if value is None:
+        return None
+    if Path(value).expanduser().is_dir():
+        return LocalModel("local", value)
+    id, _, revision = value.partition("@")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", id) is None:
+        raise ConfigError(
+            f"model.reference={value} is no folder here and no id of the hub; it must be the "
+            "folder of the unquantized model, or OWNER/NAME, or OWNER/NAME@REVISION"
+        )
+    return HubModel("hub", id, revision or "main")
+
 
 class _FolderModel:
     """What the embedded and a local model share: everything is in a folder."""
@@ -128,6 +164,10 @@ class EmbeddedModel(_FolderModel):
         """Return the digest of the model's files."""
         return {"kind": "embedded", "sha256": folder_digest(self.folder(), False, digests)}
 
+    def original(self) -> ModelSource:
+        """Return the model itself."""
+        return self
+
 
 @dataclass(frozen=True)
 class LocalModel(_FolderModel):
@@ -137,11 +177,14 @@ class LocalModel(_FolderModel):
         name: as tables show it; `local` stands for the folder's own name.
         path: the folder; `~` is expanded, a relative path starts where the command was given.
         allow_pickle: read pytorch_model.bin where there is no safetensors file.
+        reference: of a quantized checkpoint: folder or hub id of the unquantized model that it is
+            compared with; null: there is none.
     """
 
     name: str
     path: str
     allow_pickle: bool = False
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         if self.name == "local":
@@ -169,7 +212,11 @@ class LocalModel(_FolderModel):
     def identity(self, digests: Path) -> dict[str, Any]:
         """Return the digest of the model's files; the path does not count."""
         sha = folder_digest(self.folder(), self.allow_pickle, digests)
-        return {"kind": "local", "sha256": sha}
+        return {"kind": "local", "sha256": sha, **_reference_identity(self.reference, digests)}
+
+    def original(self) -> ModelSource | None:
+        """Return the reference; without one the model itself, if it is unquantized."""
+        return _reference(self.reference) or (None if _is_quantized(self.architecture()) else self)
 
 
 @dataclass(frozen=True)
@@ -183,6 +230,7 @@ class HubModel:
         config: the architecture as in its config.json, kept here so that sizes need no network;
             null: it is fetched.
         allow_pickle: read pytorch_model.bin where there is no safetensors file.
+        reference: as for a local model.
     """
 
     name: str
@@ -190,6 +238,7 @@ class HubModel:
     revision: str = "main"
     config: Mapping[str, Any] | None = None
     allow_pickle: bool = False
+    reference: str | None = None
 
     trust_remote_code: ClassVar[bool] = False
     random_weights: ClassVar[bool] = False
@@ -235,7 +284,13 @@ class HubModel:
 
     def identity(self, digests: Path) -> dict[str, Any]:
         """Return the id and the commit that the revision stands for."""
-        return {"kind": "hub", "id": self.id, "commit": self._repository.commit()}
+        commit = self._repository.commit()
+        reference = _reference_identity(self.reference, digests)
+        return {"kind": "hub", "id": self.id, "commit": commit, **reference}
+
+    def original(self) -> ModelSource | None:
+        """Return the reference; without one the model itself, if it is unquantized."""
+        return _reference(self.reference) or (None if _is_quantized(self.architecture()) else self)
 
     def architecture_identity(self) -> dict[str, Any]:
         """Return the digest of the configuration."""
@@ -292,6 +347,10 @@ class ShapeModel:
             )
         return folder
 
+    def original(self) -> ModelSource:
+        """Return the shape itself."""
+        return self
+
     def architecture(self) -> dict[str, Any]:
         """Return the configuration."""
         return dict(self.config)
@@ -310,6 +369,15 @@ class ShapeModel:
     def architecture_identity(self) -> dict[str, Any]:
         """Return the digest of the configuration."""
         return {"kind": "architecture", "sha256": digest(self.architecture())}
+
+
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    return "quantization_config" in config
+
+
+def _reference_identity(value: str | None, digests: Path) -> dict[str, Any]:
+    reference = _reference(value)
+    return {} if reference is None else {"reference": reference.identity(digests)}
 
 
 def _lacks_config(folder: Path) -> str | None:

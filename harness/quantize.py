@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,64 @@ from torch import Tensor
 from harness.artefacts import Manifest, file_facts, publish
 from harness.cache import Cache
 from harness.launch import Stage
-from harness.load import load_model, model_facts
+from harness.load import load_model, load_tokenizer, meta_model, model_facts
 from harness.memory import peak_bytes
+from harness.models import ModelSource, unquantized
 from kernels.errors import ConfigError
-from methods.base import Method
+from methods.base import AdoptingMethod, Method, QuantizeReport
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
     """Make the artefact of `job["method"]` in folder `job["artefact"]`."""
-    config = job["config"]
     method: Method = instantiate(job["method"])
-    method.check(instantiate(config["hardware"]))
+    method.check(instantiate(job["config"]["hardware"]))
+    artefact = Path(job["artefact"])
+    temporary = artefact.with_name(f".{artefact.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if isinstance(method, AdoptingMethod):
+            made = _adopted(method, job, temporary, stage)
+        else:
+            made = _quantized(method, job, temporary, stage)
+        if made.tokenizer is not None:
+            made.tokenizer.save_pretrained(temporary)
+        report = made.report
+        manifest = Manifest(
+            files=file_facts(temporary),
+            method=method.name,
+            bits=method.bits if report.bits is None else report.bits,
+            group_size=method.group_size if report.group_size is None else report.group_size,
+            matrices=[asdict(matrix) for matrix in report.quantized],
+            stored_bits=report.stored_bits,
+            left_out=[list(entry) for entry in report.left_out],
+            notes=list(report.notes),
+            quantize_seconds=made.seconds,
+            quantize_peak_bytes=peak_bytes() - job["resident_at_start"],
+            model=made.facts,
+            calibration=made.shown,
+        )
+        publish(temporary, artefact, manifest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a manifest says of the written files: see `harness.artefacts.Manifest`."""
+
+    report: QuantizeReport
+    tokenizer: Any
+    facts: dict[str, Any]
+    shown: dict[str, Any] | None
+    seconds: float | None
+
+
+def _quantized(method: Method, job: dict[str, Any], into: Path, stage: Stage) -> Made:
+    """Quantize the unquantized model into the folder `into`."""
+    config = job["config"]
     stage("loading the model")
-    model, tokenizer = load_model(instantiate(config["model"]))
+    model, tokenizer = load_model(unquantized(instantiate(config["model"])))
     facts = model_facts(model)
     calibration, shown = _calibration(method, config, tokenizer, Path(job["cache"]))
     if calibration is not None and calibration.shape[1] > facts["context_length"]:
@@ -35,33 +80,21 @@ def main(job: dict[str, Any], stage: Stage) -> None:
             f"{config['model']['name']} reads at most {facts['context_length']} tokens"
         )
     stage("quantizing")
-    artefact = Path(job["artefact"])
-    temporary = artefact.with_name(f".{artefact.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        start = time.perf_counter()
-        report = method.quantize(model, tokenizer, calibration, temporary)
-        seconds = time.perf_counter() - start
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        manifest = Manifest(
-            files=file_facts(temporary),
-            method=method.name,
-            bits=method.bits,
-            group_size=method.group_size,
-            matrices=[asdict(matrix) for matrix in report.quantized],
-            stored_bits=report.stored_bits,
-            left_out=[list(entry) for entry in report.left_out],
-            notes=list(report.notes),
-            quantize_seconds=seconds,
-            quantize_peak_bytes=peak_bytes() - job["resident_at_start"],
-            model=facts,
-            calibration=shown,
-        )
-        publish(temporary, artefact, manifest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    start = time.perf_counter()
+    report = method.quantize(model, tokenizer, calibration, into)
+    return Made(report, tokenizer, facts, shown, time.perf_counter() - start)
+
+
+def _adopted(method: AdoptingMethod, job: dict[str, Any], into: Path, stage: Stage) -> Made:
+    """Take the checkpoint as it is into the folder `into`; nothing is quantized, nothing timed."""
+    stage("taking the checkpoint")
+    source: ModelSource = instantiate(job["config"]["model"])
+    folder = source.folder()
+    if folder is None:
+        raise ConfigError(f"model {source.name} is a bare shape; method=checkpoint needs files")
+    model = meta_model(source.architecture())
+    report = method.adopt(folder, model, into)
+    return Made(report, load_tokenizer(folder), model_facts(model), None, None)
 
 
 def _calibration(

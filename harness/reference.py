@@ -1,6 +1,6 @@
 """Between the two children, once per model, text and suite: the unquantized model's own outputs.
 
-Runs what the suite's measures want to compare with (`Measure.prepare`) on the model as loaded, in
+Runs what the suite's measures want to compare with (`Comparing.prepare`) on the model as loaded, in
 the reference's floating type, and leaves it in the cache.
 """
 
@@ -12,10 +12,11 @@ from typing import Any
 from hydra.utils import instantiate
 
 from harness.cache import Cache
-from harness.context import Context, Measure, reference_model_key
+from harness.context import Comparing, Context, Measure, reference_model_key
 from harness.hardware import Hardware
 from harness.launch import Stage
 from harness.load import load_model
+from harness.models import unquantized
 from harness.record import write_atomically
 from methods.engine import TorchEngine
 from methods.unquantized import DTYPES
@@ -26,7 +27,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     config = job["config"]
     hardware: Hardware = instantiate(config["hardware"])
     stage("loading the reference")
-    model, tokenizer = load_model(instantiate(config["model"]))
+    model, tokenizer = load_model(unquantized(instantiate(config["model"])))
     model = model.to(hardware.device, DTYPES[config["reference_dtype"]])
     engine = TorchEngine(model, hardware.device, [])
     cache = Cache(Path(job["cache"]))
@@ -42,7 +43,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     )
     for name, node in config["suite"]["measures"].items():
         measure: Measure = instantiate(node)
-        if context.random_weights and measure.quality:
+        if not isinstance(measure, Comparing) or (context.random_weights and measure.quality):
             continue
         stage(f"reference: {name}")
         measure.prepare(engine, context)

@@ -63,12 +63,15 @@ class QuantizeReport:
         stored_bits: all bits stored for them, scales, zero points and indices included.
         left_out: (name, number of weights, why) of every other parameter.
         notes: sentences a reader of the row must know.
+        bits, group_size: as the artefact has them, where only it can tell; else the method's.
     """
 
     quantized: Sequence[Matrix]
     stored_bits: int
     left_out: Sequence[tuple[str, int, str]]
     notes: Sequence[str] = ()
+    bits: float | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,15 @@ class Method(Protocol):
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the artefact in folder `artefact` for `hardware`."""
+        ...
+
+
+@runtime_checkable
+class AdoptingMethod(Protocol):
+    """A method that measures a checkpoint which somebody else has quantized."""
+
+    def adopt(self, checkpoint: Path, model: nn.Module, into: Path) -> QuantizeReport:
+        """Make an artefact in `into` of the folder `checkpoint`; `model` is its shape, on meta."""
         ...
 
 

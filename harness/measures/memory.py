@@ -39,9 +39,6 @@ class Memory:
         if self.depth < 1:
             raise ConfigError(f"memory's depth is {self.depth}; it must be 1 or more")
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return the bytes of the cache's tensors; nothing where the engine hides its cache.
 

@@ -40,9 +40,6 @@ class Paths:
         if self.tokens <= DECODED_TOKENS:
             raise ConfigError(f"paths' tokens is {self.tokens}; it must be above {DECODED_TOKENS}")
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return the relative differences; nothing for a method with one path only.
 

@@ -59,9 +59,6 @@ class Perplexity:
             )
         check_window_options(self.seq_len, self.windows, self.batch_size)
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return the perplexity with the mean loss of each window as samples.
 

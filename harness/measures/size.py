@@ -54,9 +54,6 @@ class Size:
     quality: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return the sizes; none where the weights are only rounded and stored as floats.
 

@@ -88,9 +88,6 @@ class Speed:
         combinations = product(self.prompt_lengths, self.depths or (None,), self.batches)
         return [Point(prompt, depth or prompt, batch) for prompt, depth, batch in combinations]
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return speeds, ratios and their checks; nothing for weights only stored as floats.
 

@@ -60,9 +60,6 @@ class Tasks:
             if given is not None and given < least:
                 raise ConfigError(f"tasks' {name} is {given}; it must be {least} or more")
 
-    def prepare(self, reference: Engine, context: Context) -> None:
-        """Nothing of the unquantized model is needed: its own cell answers the same questions."""
-
     def run(self, engine: Engine, context: Context) -> list[Value]:
         """Return one value a task and metric.
 
