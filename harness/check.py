@@ -34,8 +34,14 @@ def _problems(config: dict[str, Any]) -> list[str]:
                 f"hardware is {hardware.name}, but torch {torch.__version__} sees no CUDA card "
                 "here; pass hardware=cpu"
             )
-        instantiate(config["method"]).check(hardware)
-        instantiate(config["baseline"]).check(hardware)
+        for role in ("method", "baseline"):
+            method = instantiate(config[role])
+            method.check(hardware)
+            if hardware.offload is not None and not getattr(method, "offloads", False):
+                raise ConfigError(
+                    f"method {method.name} cannot keep blocks away from the device "
+                    "(hardware.offload); methods that can: fp32, bf16, fp16"
+                )
         for node in config["suite"]["measures"].values():
             instantiate(node)
     except ConfigError as error:

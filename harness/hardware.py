@@ -50,6 +50,9 @@ class Hardware:
         time_limit_seconds: longest a child of the cell may run.
         environment: variables set in the cell's processes.
         allow_fallback: whether a matrix whose kernel refuses may be dequantized at each call.
+        offload: keep decoder blocks in main memory (`cpu`, with device `cuda`) or on `disk` and
+            bring them to the device for each call; None: the whole model is on the device.
+        resident_bytes: most bytes of decoder blocks that stay on the device with `offload`.
     """
 
     name: str
@@ -60,8 +63,20 @@ class Hardware:
     time_limit_seconds: float = 3600.0
     environment: Mapping[str, str] = field(default_factory=dict)
     allow_fallback: bool = True
+    offload: str | None = None
+    resident_bytes: int = 0
 
     def __post_init__(self) -> None:
+        places = ("cpu", "disk") if self.device == "cuda" else ("disk",)
+        if self.offload is not None and self.offload not in places:
+            raise ConfigError(
+                f"hardware.offload is {self.offload!r} with device {self.device}; it must be null "
+                f"or {' or '.join(places)}"
+            )
+        if self.resident_bytes < 0:
+            raise ConfigError(
+                f"hardware.resident_bytes is {self.resident_bytes}; it must be 0 or more"
+            )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"hardware.device is {self.device!r}; it must be 'cpu' or 'cuda'")
         if self.compute_dtype not in COMPUTE_DTYPES:

@@ -4,10 +4,16 @@ Imports only: no tensor is made, no thread pool started, no CUDA touched, or chi
 be forked safely. A method's own library is imported by the child that needs it.
 """
 
+# ruff: noqa: E402  # what libraries say at import is silenced first
+
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+
+# Optional libraries tell at import what they lack; that is of no use to whoever runs a sweep.
+logging.disable(logging.WARNING)
 
 import accelerate  # noqa: F401
 import lm_eval.evaluator
@@ -23,6 +29,7 @@ import harness.measures.lm_eval_model
 import harness.quantize
 import harness.reference  # noqa: F401
 
+logging.disable(logging.NOTSET)
 # Its default lock is shared between processes, which a child that ends at once never gives back.
 tqdm.set_lock(threading.RLock())
 # Objects alive now are never collected in a child, so their pages stay shared.

@@ -108,6 +108,16 @@ class Hardware(Protocol):
         """Whether a matrix without a kernel of its own may be dequantized at each call."""
         ...
 
+    @property
+    def offload(self) -> str | None:
+        """Where decoder blocks that do not stay on the device are kept: `cpu`, `disk`, or None."""
+        ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """Most bytes of decoder blocks that stay on the device where there is offloading."""
+        ...
+
 
 class Engine(Protocol):
     """The deployed model, as every measure sees it."""
@@ -150,6 +160,9 @@ class Engine(Protocol):
 
 class Method(Protocol):
     """A quantization scheme with all its options.
+
+    One that can keep decoder blocks away from the device (`hardware.offload`) has
+    `offloads: ClassVar[bool] = True`; others are refused there.
 
     A method that is shown text has a field `calibration: Calibration`, so that the text is part
     of its artefact's identity; `needs_calibration` says so.

@@ -19,6 +19,7 @@ from methods import artefact as artefacts
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.layers import Scope, bias_of, check_finite, replace, select, weight_of
+from methods.offload import offloaded_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,6 +70,7 @@ class Unquantized:
     dtype: str
 
     needs_calibration: ClassVar[bool] = False
+    offloads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -114,16 +116,24 @@ class Unquantized:
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load for `hardware`; FP16 on a CPU stays FP16 in memory and is computed in FP32."""
         dtype = DTYPES[self.dtype]
-        model = artefacts.load(artefact, _nothing_replaced, dtype, hardware.device)
+        first = "cpu" if hardware.offload else hardware.device
+        model = artefacts.load(artefact, _nothing_replaced, dtype, first)
         matrices, _ = self.select(model)
         if dtype == torch.float16 and hardware.device == "cpu":
-            return TorchEngine(model, hardware.device, _compute_in_float32(model, matrices))
-        uses = [
-            KernelUse(
-                m.name, "Experts" if m.count > 1 else "Linear", "torch.linear", "packed", m.weights
-            )
-            for m in matrices
-        ]
+            uses = _compute_in_float32(model, matrices)
+        else:
+            uses = [
+                KernelUse(
+                    m.name,
+                    "Experts" if m.count > 1 else "Linear",
+                    "torch.linear",
+                    "packed",
+                    m.weights,
+                )
+                for m in matrices
+            ]
+        if hardware.offload:
+            return offloaded_engine(model, hardware, uses, artefact)
         return TorchEngine(model, hardware.device, uses)
 
 
