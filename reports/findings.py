@@ -1,7 +1,8 @@
 """What the measured rows of a group say, by rules that stand beside each sentence.
 
 Every sentence is computed from the rows; where no row answers a question, the sentence says so.
-A figure decides by its value alone: whether a difference exceeds the noise is for statistics.
+A figure decides by its value alone, but for methods of equal bits and group size: those are ranked
+only where `reports.paired` tells them apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import pairwise
 
 from harness.record import Value
 from reports import words
+from reports.paired import LEVEL, compare, said
 from reports.rows import Group, Row, kept_back, main_protocol, mapping, number, sequence
 from reports.summary import NOISY_SPREAD, noisy
 
@@ -109,6 +111,7 @@ def findings(group: Group) -> list[Finding]:
         *_fastest(group),
         *_slower_than_baseline(group),
         *_fronts(group),
+        *_told_apart(group),
         *_broken(group),
     ]
 
@@ -119,7 +122,7 @@ def warnings(group: Group) -> list[str]:
     flagged = [row.label for row in group.rows if noisy(row)]
     if flagged:
         found.append(
-            f"Timing of {_listed(flagged)} was noisy: the interquartile range of the time per "
+            f"Timing of {words.listed(flagged)} was noisy: the interquartile range of the time per "
             f"token is above {100 * NOISY_SPREAD:g} % of its median. Measure again on a quiet "
             "machine before using these speeds."
         )
@@ -128,12 +131,12 @@ def warnings(group: Group) -> list[str]:
     below = [row.label for row in group.rows if _below_noise_floor(row)]
     if below:
         found.append(
-            f"The divergence of {_listed(below)} is not above the noise floor: as far as this "
+            f"The divergence of {words.listed(below)} is not above the noise floor: as far as this "
             "text can tell, nothing changed."
         )
     nonfinite = [row.label for row in group.rows if _any_above(row, "nonfinite_logits", 0)]
     if nonfinite:
-        found.append(f"Logits that are not finite were counted in {_listed(nonfinite)}.")
+        found.append(f"Logits that are not finite were counted in {words.listed(nonfinite)}.")
     if not group.baselines:
         found.append("The baseline of this group was not measured: nothing is compared with it.")
     return found
@@ -205,7 +208,7 @@ def _slower_than_baseline(group: Group) -> list[Finding]:
     slower = [row for value, row in pairs if value.value < 1]
     text = f"{len(slower)} of {words.count(len(pairs), 'row')}"
     if slower:
-        text += f" ({_listed([row.label for row in slower])})"
+        text += f" ({words.listed([row.label for row in slower])})"
     converted = sum(row.execution == "dequantized" for row in slower)
     if converted:
         text += f"; of these, weights are converted at each call (dequantized) in {converted}"
@@ -225,13 +228,27 @@ def _fronts(group: Group) -> list[Finding]:
             found.append(
                 Finding(
                     f"Not beaten in both perplexity and {name}",
-                    _listed(best),
+                    words.listed(best),
                     f"The Pareto front: no other row is at least as good in perplexity "
                     f"({drawn.perplexity_protocol}) and {metric} ({drawn.protocol}) and better in "
                     "one of them.",
                 )
             )
     return found
+
+
+def _told_apart(group: Group) -> list[Finding]:
+    protocol = main_protocol(group.rows, "perplexity")
+    return [
+        Finding(
+            f"Methods by perplexity at {found.title}",
+            said(found),
+            f"Mean loss ({protocol}) of the same {found.windows} windows, paired; ≈: the bootstrap "
+            f"interval of the difference holds 0 ({100 * LEVEL:g} % over all pairs of this table, "
+            "Bonferroni), so neither is ranked above the other.",
+        )
+        for found in compare(group)
+    ]
 
 
 def _broken(group: Group) -> list[Finding]:
@@ -248,7 +265,7 @@ def _broken(group: Group) -> list[Finding]:
     return [
         Finding(
             "Perplexity more than doubles in",
-            _listed(damaged),
+            words.listed(damaged),
             f"Perplexity ({protocol}) above {BROKEN:g} times the baseline's, or not a number.",
         )
     ]
@@ -267,11 +284,11 @@ def _about_timing(group: Group) -> list[str]:
     found = []
     if drifted:
         found.append(
-            f"The time per token of {_listed(drifted)} changed by more than {100 * DRIFT:g} % from "
-            "the first burst to the last: the machine was not in a steady state."
+            f"The time per token of {words.listed(drifted)} changed by more than {100 * DRIFT:g} % "
+            "from the first burst to the last: the machine was not in a steady state."
         )
     if cached:
-        rows = "every row" if len(cached) == len(group.measured) else _listed(cached)
+        rows = "every row" if len(cached) == len(group.measured) else words.listed(cached)
         found.append(
             f"The weights of {rows} fit into the processor's caches: these speeds do not carry "
             "over to models that have to be read from memory."
@@ -329,9 +346,3 @@ def _any_above(row: Row, metric: str, limit: float) -> bool:
 
 def _drawable(value: float) -> bool:
     return math.isfinite(value) and value > 0
-
-
-def _listed(labels: Sequence[str]) -> str:
-    if len(labels) < 2:
-        return "".join(labels)
-    return f"{', '.join(labels[:-1])} and {labels[-1]}"

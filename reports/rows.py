@@ -242,7 +242,7 @@ def _row(record: Record) -> Row:
     for value in record.values:
         if not kept_back(row, family(value)):
             values.setdefault((value.metric, value.protocol), value)
-    return Row(record, _label(row), values, row.execution)
+    return Row(record, axes_label(row), values, row.execution)
 
 
 def _execution(record: Record) -> str:
@@ -252,11 +252,12 @@ def _execution(record: Record) -> str:
     return max(known, key=_STATES.index, default="")
 
 
-def _label(row: Row) -> str:
+def axes_label(row: Row) -> str:
+    """Return method, bits and group size as one label."""
     parts = [row.method or row.record.cell]
     if row.bits is not None and row.group_size is not None:
         size = "per channel" if row.group_size == -1 else f"g{row.group_size}"
-        parts += [f"{row.bits:g} bits", size]
+        parts += [f"{row.bits:.3g} bits", size]
     return " ".join(parts)
 
 

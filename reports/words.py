@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 NOT_MEASURED = "not measured"
@@ -191,7 +191,7 @@ def points(difference: float) -> str:
 
 def bits(value: float | None) -> str:
     """Return a bit width; a dash where the method has no single one."""
-    return "–" if value is None else f"{value:g}"
+    return "–" if value is None else f"{value:.3g}"
 
 
 def group_size(value: int | None) -> str:
@@ -211,6 +211,13 @@ def one_line(text: object) -> str:
     """Return `text` on one line, without control characters that would act on a terminal."""
     joined = " ".join(str(text).split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in joined)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return `a, b and c`."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
