@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ class GridSweeper(Sweeper):
     cells to whichever launcher is configured.
 
     Args:
-        params: the default grid, Hydra overrides by key; the command line comes on top.
+        grids: the default: several grids by name, each Hydra overrides by key; see `points`.
     """
 
-    def __init__(self, params: DictConfig | None) -> None:
-        self.params = dict(params or {})
+    def __init__(self, grids: DictConfig | None) -> None:
+        self.grids = [dict(grid) for grid in (grids or {}).values()]
         self.loader: ConfigLoader | None = None
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
@@ -56,7 +57,7 @@ class GridSweeper(Sweeper):
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir).absolute()
         try:
-            cells = self._cells(self._points(arguments))
+            cells = self._cells(points(self.grids, arguments, self.loader))
             missing = plan_cells([cell for cell, _ in cells.values()], folder)
         except ConfigError as error:
             for line in str(error).splitlines():
@@ -67,25 +68,6 @@ class GridSweeper(Sweeper):
         if not missing:
             return []
         return self.launcher.launch([cells[cell.id][1] for cell in missing], initial_job_idx=0)
-
-    def _points(self, arguments: list[str]) -> list[list[str]]:
-        """Return the overrides of every point: default grid, overruled by the command line."""
-        assert self.loader is not None
-        given = [f"{key}={value}" for key, value in self.params.items()] + arguments
-        axes: dict[str, list[str]] = {}
-        for override in OverridesParser.create(config_loader=self.loader).parse_overrides(given):
-            key = override.get_key_element()
-            if override.is_sweep_override():
-                if not override.is_discrete_sweep():
-                    raise ConfigError(
-                        f"{override.input_line} is not a list of values; "
-                        f"write {key}=VALUE,VALUE or {key}=range(FROM,TO,STEP)"
-                    )
-                axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            else:
-                assert override.input_line is not None
-                axes[key] = [override.input_line]
-        return [list(point) for point in itertools.product(*axes.values())]
 
     def _cells(self, points: list[list[str]]) -> dict[str, tuple[Cell, list[str]]]:
         """Compose every point; the first of several equal cells stands, baselines come first."""
@@ -101,3 +83,48 @@ class GridSweeper(Sweeper):
             cells.items(), key=lambda item: item[1][0].artefact_key != item[1][0].baseline_key
         )
         return dict(ordered)
+
+
+def points(
+    grids: Sequence[Mapping[str, Any]], arguments: Sequence[str], loader: ConfigLoader | None
+) -> list[list[str]]:
+    """Return the overrides of every point of the default `grids` under the command line's.
+
+    Each grid is the product of its own axes; an axis given in `arguments` takes its place in every
+    grid. Methods given there choose the grids: each runs with the axes of those that name it, one
+    that none names with what was given alone.
+
+    Raises:
+        ConfigError: an axis is no list of values.
+    """
+    given = _axes(arguments, loader)
+    asked = given.get("method")
+    found: list[dict[str, list[str]]] = []
+    rest = list(asked or [])
+    for grid in grids:
+        own = _axes([f"{key}={value}" for key, value in grid.items()], loader)
+        methods = [name for name in asked or own["method"] if name in own["method"]]
+        rest = [name for name in rest if name not in own["method"]]
+        if methods:
+            found.append({**own, **given, "method": methods})
+    if rest or not grids:
+        found.append({**given, **({"method": rest} if rest else {})})
+    return [list(point) for axes in found for point in itertools.product(*axes.values())]
+
+
+def _axes(overrides: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:
+    """Return key -> one override a value."""
+    axes: dict[str, list[str]] = {}
+    for override in OverridesParser.create(config_loader=loader).parse_overrides([*overrides]):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line} is not a list of values; "
+                    f"write {key}=VALUE,VALUE or {key}=range(FROM,TO,STEP)"
+                )
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            assert override.input_line is not None
+            axes[key] = [override.input_line]
+    return axes

@@ -95,7 +95,8 @@ def summary_table(group: Group) -> Table:
     wanted += protocols_of(rows, "perplexity", {"perplexity"})[:1]
     wanted += _main(rows, "kl_mean") + _main(rows, "top1_agreement")
     wanted += _main(rows, "prefill_tokens_per_second") + _main(rows, "decode_tokens_per_second")
-    wanted += _one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY] + _main(rows, "quantize_seconds")
+    wanted += _one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY]
+    wanted += _main(rows, "quantize_seconds") + _main(rows, "quantize_peak_bytes")
     return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
 
 

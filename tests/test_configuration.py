@@ -10,6 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from hydra_plugins.quantbench import points
+from kernels.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 GROUPS = ("model", "method", "hardware", "suite", "job")
@@ -71,7 +74,39 @@ def test_no_configuration_folder_is_a_package() -> None:
     assert not list(CONF.rglob("__init__.py"))
 
 
-def test_the_default_grid_names_every_method_of_its_own() -> None:
-    grid = OmegaConf.load(CONF / "config.yaml").hydra.sweeper.params
-    named = set(grid.method.split(","))
-    assert named <= {path.stem for path in (CONF / "method").glob("*.yaml")}
+def default_grids() -> list[dict[str, Any]]:
+    grids = OmegaConf.load(CONF / "hydra" / "sweeper" / "grid.yaml").grids
+    return [dict(grid) for grid in grids.values()]
+
+
+def grid_points(*arguments: str) -> list[set[str]]:
+    return [set(point) for point in points(default_grids(), arguments, None)]
+
+
+def test_the_default_grid_names_methods_that_there_are() -> None:
+    named = [method for grid in default_grids() for method in grid["method"].split(",")]
+    assert len(named) == len(set(named))
+    assert set(named) <= {path.stem for path in (CONF / "method").glob("*.yaml")}
+
+
+def test_a_method_runs_with_the_axes_of_its_own_grid() -> None:
+    found = grid_points("method=rtn,fp32,checkpoint", "suite=smoke")
+    assert {"method=rtn", "bits=3", "group_size=32", "suite=smoke"} in found
+    assert [point for point in found if "method=fp32" in point] == [{"method=fp32", "suite=smoke"}]
+    # Named by no grid: nothing is added to what was given.
+    assert {"method=checkpoint", "suite=smoke"} in found
+    assert len(found) == 8 + 1 + 1
+
+
+def test_axes_of_the_command_line_take_the_place_of_the_grids() -> None:
+    found = grid_points("method=rtn", "bits=4,5", "group_size=64")
+    wanted = [{"method=rtn", f"bits={bits}", "group_size=64"} for bits in (4, 5)]
+    assert found == wanted
+    everywhere = grid_points("seed=1")
+    assert len(everywhere) == len(grid_points())
+    assert all("seed=1" in point for point in everywhere)
+
+
+def test_an_axis_that_is_no_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bits=interval\(2,8\) is not a list of values"):
+        grid_points("bits=interval(2,8)")
