@@ -26,15 +26,24 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ once said how a checkpoint is quantized: not in its config.json."""
+FILES = (CONFIG, "generation_config.json", *QUANTIZATION_CONFIGS, *TOKENIZER_FILES)
 SAFETENSORS_PATTERNS = (WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors")
 PICKLE_PATTERNS = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
 REMEMBERED_FROM_BYTES = 1 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of `folder`'s config.json; raises ConfigError where it cannot be read."""
-    return checked_config(read_json(folder / CONFIG, CONFIG))
+    """Return the content of `folder`'s config.json; raises ConfigError where it cannot be read.
+
+    A quantization config in a file of its own counts as part of it.
+    """
+    config = checked_config(read_json(folder / CONFIG, CONFIG))
+    for name in QUANTIZATION_CONFIGS:
+        if (folder / name).is_file():
+            config.setdefault("quantization_config", read_json(folder / name, name))
+    return config
 
 
 def read_json(path: Path, role: str) -> Any:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
+from methods import int8_linear
 from methods.artefact import checkpoint_dtype
 from methods.base import Execution, KernelUse, Matrix
-from methods.layers import bias_of, replace, weight_of
+from methods.layers import Scope, Selection, bias_of, replace, weight_of
 
 
 def require(package: str, owner: str) -> None:
@@ -33,6 +34,26 @@ def require(package: str, owner: str) -> None:
             f"{owner} needs the package {package}, which is not installed here; install it: "
             f"python -m pip install --constraint constraints.txt {package}"
         )
+
+
+def select_linears(model: Any, scope: Scope, owner: str) -> Selection:
+    """Return what `scope` covers in `model` (may be on meta), stacks of experts left out.
+
+    Raises:
+        ConfigError: nothing is left to quantize, or a `keep` pattern matches nothing.
+    """
+    selection = int8_linear.select_linears(model, scope)
+    left_out = [
+        (
+            name,
+            weights,
+            f"stack of experts: {owner} takes whole linear maps"
+            if reason == int8_linear.STACKED_EXPERTS
+            else reason,
+        )
+        for name, weights, reason in selection.left_out
+    ]
+    return Selection(selection.matrices, left_out)
 
 
 def write_checkpoint(model: Any, tokenizer: Any, into: Path) -> torch.dtype:

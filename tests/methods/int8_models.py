@@ -30,6 +30,8 @@ class Machine:
     device: str = "cpu"
     compute_dtype: str = "float32"
     allow_fallback: bool = True
+    offload: str | None = None
+    resident_bytes: int = 0
 
 
 def llama(tied: bool = False, bias: bool = False) -> Any:
