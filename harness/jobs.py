@@ -33,8 +33,11 @@ class CellJob:
             if hydra.mode == RunMode.MULTIRUN:
                 return _run(cell, Path(hydra.sweep.dir).absolute())
             folder = Path(hydra.run.dir).absolute()
-            cells = [_baseline_cell(config, overrides), cell]
-            cells = cells[1:] if cells[0].id == cell.id else cells
+            cells = [cell]
+            # A quantized checkpoint without its original has nothing to be compared with.
+            if cell.has_reference:
+                baseline = _baseline_cell(config, overrides)
+                cells = [baseline, cell] if baseline.id != cell.id else cells
             plan_cells(cells, folder)
         except ConfigError as error:
             for line in str(error).splitlines():

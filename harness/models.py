@@ -35,6 +35,11 @@ from harness.record import digest
 from kernels.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHAPE_OF_ARCHITECTURE = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers"),
+    *("intermediate_size", "n_embd", "n_layer"),
+)
+"""What a checkpoint and the model it was made from must share, as far as config.json says it."""
 LOCAL_INSTEAD = "a folder with model=local model.path=FOLDER"
 
 
@@ -212,7 +217,8 @@ class LocalModel(_FolderModel):
     def identity(self, digests: Path) -> dict[str, Any]:
         """Return the digest of the model's files; the path does not count."""
         sha = folder_digest(self.folder(), self.allow_pickle, digests)
-        return {"kind": "local", "sha256": sha, **_reference_identity(self.reference, digests)}
+        reference = _reference_identity(self.reference, self.architecture(), digests)
+        return {"kind": "local", "sha256": sha, **reference}
 
     def original(self) -> ModelSource | None:
         """Return the reference; without one the model itself, if it is unquantized."""
@@ -285,7 +291,9 @@ class HubModel:
     def identity(self, digests: Path) -> dict[str, Any]:
         """Return the id and the commit that the revision stands for."""
         commit = self._repository.commit()
-        reference = _reference_identity(self.reference, digests)
+        reference = {}
+        if self.reference is not None:
+            reference = _reference_identity(self.reference, self.architecture(), digests)
         return {"kind": "hub", "id": self.id, "commit": commit, **reference}
 
     def original(self) -> ModelSource | None:
@@ -375,9 +383,22 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
     return "quantization_config" in config
 
 
-def _reference_identity(value: str | None, digests: Path) -> dict[str, Any]:
+def _reference_identity(
+    value: str | None, architecture: Mapping[str, Any], digests: Path
+) -> dict[str, Any]:
+    """Return what a model's identity says of its reference, which must be of its `architecture`."""
     reference = _reference(value)
-    return {} if reference is None else {"reference": reference.identity(digests)}
+    if reference is None:
+        return {}
+    other = reference.architecture()
+    for key in SHAPE_OF_ARCHITECTURE:
+        if other.get(key) != architecture.get(key):
+            raise ConfigError(
+                f"model.reference={value} is another model than the checkpoint: its {key} is "
+                f"{other.get(key)}, the checkpoint's {architecture.get(key)}; name the model that "
+                "the checkpoint was made from"
+            )
+    return {"reference": reference.identity(digests)}
 
 
 def _lacks_config(folder: Path) -> str | None:

@@ -12,7 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from harness.load import meta_model, model_facts
-from harness.models import EmbeddedModel, HubModel, LocalModel, ModelSource, ShapeModel
+from harness.models import (
+    EmbeddedModel,
+    HubModel,
+    LocalModel,
+    ModelSource,
+    ShapeModel,
+    unquantized,
+)
 from kernels.errors import ConfigError
 from tests.architectures import CONFIGS, write_checkpoint
 from tests.harness.hub_server import CLOSED, COMMIT, Hub, ask, serve
@@ -266,3 +273,52 @@ def test_an_id_that_cannot_be_one_is_refused() -> None:
         HubModel("hub", None).folder()
     with pytest.raises(ConfigError, match="'a/b/c' cannot be the id of a model"):
         HubModel("hub", "a/b/c").folder()
+
+
+def quantized_checkpoint(folder: Path, **changes: Any) -> Path:
+    write_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": stated, **changes})
+    )
+    return folder
+
+
+def test_a_quantized_checkpoint_has_an_original_only_where_one_is_named(tmp_path: Path) -> None:
+    folder = quantized_checkpoint(tmp_path / "quantized")
+    write_checkpoint(tmp_path / "float")
+    alone = LocalModel("local", str(folder))
+    assert alone.original() is None
+    with pytest.raises(ConfigError, match=r"quantized is quantized already .* method=checkpoint"):
+        unquantized(alone)
+    named = LocalModel("local", str(folder), reference=str(tmp_path / "float"))
+    assert unquantized(named).folder() == tmp_path / "float"
+    plain = LocalModel("local", str(tmp_path / "float"))
+    assert unquantized(plain) is plain
+    digests = tmp_path / "digests.json"
+    identity = named.identity(digests)
+    assert identity["reference"] == plain.identity(digests)
+    assert {key: value for key, value in identity.items() if key != "reference"} == (
+        alone.identity(digests)
+    )
+
+
+def test_the_old_file_of_a_quantized_checkpoint_counts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "old")
+    (tmp_path / "old" / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    assert LocalModel("local", str(tmp_path / "old")).original() is None
+
+
+def test_a_reference_that_is_another_model_is_refused(tmp_path: Path) -> None:
+    folder = quantized_checkpoint(tmp_path / "quantized", num_hidden_layers=3)
+    write_checkpoint(tmp_path / "float")
+    named = LocalModel("local", str(folder), reference=str(tmp_path / "float"))
+    with pytest.raises(ConfigError, match="its num_hidden_layers is 2, the checkpoint's 3"):
+        named.identity(tmp_path / "digests.json")
+    nowhere = LocalModel("local", str(folder), reference="no such folder")
+    with pytest.raises(ConfigError, match=r"no folder here and no id of the hub"):
+        nowhere.original()
+    hub = LocalModel("local", str(folder), reference="owner/name@v1").original()
+    assert isinstance(hub, HubModel)
+    assert (hub.id, hub.revision) == ("owner/name", "v1")
