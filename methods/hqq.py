@@ -17,13 +17,15 @@ first dimension into as many equal parts as fit a word, the first part in the hi
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
@@ -38,7 +40,8 @@ PACKAGE = "hqq"
 CODES_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 WORD_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
-BACKENDS = ("pytorch", "aten", "gemlite")
+Backend = Literal["pytorch", "aten", "gemlite"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 GROUP_MULTIPLE = 8
 GEMLITE_BITS = (8, 4, 2, 1)
 
@@ -123,7 +126,7 @@ class HQQ:
     group_size: int
     axis: int = 1
     scale_dtype: str = "float16"
-    backend: Literal["pytorch", "aten", "gemlite"] = "pytorch"
+    backend: Backend = "pytorch"
     keep: Sequence[str] = ()
 
     needs_calibration: ClassVar[bool] = False
@@ -164,11 +167,7 @@ class HQQ:
 
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 on a CPU, and backends of CUDA elsewhere."""
-        if hardware.device == "cpu" and hardware.compute_dtype == "float16":
-            raise ConfigError(
-                "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
-                "use 'float32' or 'bfloat16'"
-            )
+        check_hardware(hardware)
         if hardware.device != "cuda" and self.backend != "pytorch":
             raise ConfigError(
                 f"method.backend={self.backend} of {self.name} needs CUDA, and the device is "
@@ -275,43 +274,69 @@ class HQQ:
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load as hqq's own layers, on `backend`."""
         self.check(hardware)
-        require(PACKAGE, self.name)
-        if self.backend != "pytorch":
-            require("hqq_aten" if self.backend == "aten" else "gemlite", self.name)
-        from hqq.core.quantize import HQQBackend, HQQLinear
-
-        HQQLinear.set_backend(HQQBackend.ATEN if self.backend == "aten" else HQQBackend.PYTORCH)
-        dtype = getattr(torch, hardware.compute_dtype)
-        model, found = _load(artefact, hardware)
-        for matrix, stored in found:
-            layer: Any = stored.deploy(dtype, hardware.device)
-            if self.backend == "gemlite":
-                helper = importlib.import_module("gemlite.helper")
-                layer = helper.A16Wn(device=hardware.device).from_hqqlinear(layer)
-            replace(model, matrix, layer)
-        kernel, execution = self._kernel(hardware)
-        uses = uses_of(model, [matrix for matrix, _ in found], kernel, execution)
-        return TorchEngine(model, hardware.device, uses)
-
-    def _kernel(self, hardware: Hardware) -> tuple[str, Execution]:
-        if self.backend == "gemlite":
-            return f"gemlite A16W{self.bits} (Triton), {hardware.compute_dtype}", "packed"
-        dequantize = "hqq_aten dequantize" if self.backend == "aten" else "hqq dequantize"
-        return f"{dequantize} + torch.matmul in {hardware.compute_dtype}", "dequantized"
+        return load(artefact, hardware, self.backend)
 
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with the weights decoded by this project into `nn.Linear`s, to compare with."""
-        self.check(hardware)
-        dtype = getattr(torch, hardware.compute_dtype)
-        model, found = _load(artefact, hardware)
-        for matrix, stored in found:
-            bias = stored._buffers.get("bias")
-            put_linear(
-                model, matrix, stored.decode().to(dtype), None if bias is None else bias.to(dtype)
-            )
-        matrices = [matrix for matrix, _ in found]
-        uses = uses_of(model, matrices, "decoded once + torch.nn.functional.linear", "dequantized")
-        return TorchEngine(model, hardware.device, uses)
+        return load_dequantized(artefact, hardware)
+
+
+def check_hardware(hardware: Hardware) -> None:
+    """Refuse FP16 on a CPU."""
+    if hardware.device == "cpu" and hardware.compute_dtype == "float16":
+        raise ConfigError(
+            "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
+            "use 'float32' or 'bfloat16'"
+        )
+
+
+def load(artefact: Path, hardware: Hardware, backend: Backend = "pytorch") -> TorchEngine:
+    """Load the artefact as hqq's own layers, run by `backend`.
+
+    Raises:
+        ConfigError: hqq or the backend's library is missing, or `hardware` computes in FP16.
+    """
+    check_hardware(hardware)
+    require(PACKAGE, "hqq")
+    if backend != "pytorch":
+        require("hqq_aten" if backend == "aten" else "gemlite", "hqq")
+    from hqq.core.quantize import HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend.ATEN if backend == "aten" else HQQBackend.PYTORCH)
+    dtype = getattr(torch, hardware.compute_dtype)
+    model, found = _load(artefact, hardware)
+    uses = []
+    for matrix, stored in found:
+        bits = stored.number("nbits")
+        layer: Any = stored.deploy(dtype, hardware.device)
+        if backend == "gemlite":
+            helper = importlib.import_module("gemlite.helper")
+            layer = helper.A16Wn(device=hardware.device).from_hqqlinear(layer)
+        replace(model, matrix, layer)
+        uses += uses_of(model, [matrix], *_kernel(backend, bits, hardware.compute_dtype))
+    return TorchEngine(model, hardware.device, uses)
+
+
+def _kernel(backend: Backend, bits: int, dtype: str) -> tuple[str, Execution]:
+    if backend == "gemlite":
+        return f"gemlite A16W{bits} (Triton), {dtype}", "packed"
+    dequantize = "hqq_aten dequantize" if backend == "aten" else "hqq dequantize"
+    return f"{dequantize} + torch.matmul in {dtype}", "dequantized"
+
+
+def load_dequantized(artefact: Path, hardware: Hardware) -> TorchEngine:
+    """Load with every matrix decoded here into an `nn.Linear`, to hold hqq's layers against."""
+    check_hardware(hardware)
+    dtype = getattr(torch, hardware.compute_dtype)
+    model, found = _load(artefact, hardware)
+    for matrix, stored in found:
+        bias = stored._buffers.get("bias")
+        put_linear(
+            model, matrix, stored.decode().to(dtype), None if bias is None else bias.to(dtype)
+        )
+    matrices = [matrix for matrix, _ in found]
+    uses = uses_of(model, matrices, "decoded once + torch.nn.functional.linear", "dequantized")
+    return TorchEngine(model, hardware.device, uses)
 
 
 def _load(artefact: Path, hardware: Hardware) -> tuple[Any, list[tuple[Matrix, StoredHqq]]]:
@@ -326,3 +351,42 @@ def _load(artefact: Path, hardware: Hardware) -> tuple[Any, list[tuple[Matrix, S
         if isinstance(module, StoredHqq)
     ]
     return model, found
+
+
+def adopt(checkpoint: Path, model: Any, into: Path) -> None:
+    """Write an artefact of a checkpoint that transformers 4 saved with its HqqConfig.
+
+    Its tensors are those of `HQQLinear.state_dict()`, as here; `model` is its shape, on meta.
+
+    Raises:
+        ConfigError: it holds no such matrix, or options that this project does not write.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(path)
+    layers: dict[str, artefacts.Facts] = {}
+    for name in tensors:
+        owner, _, part = name.rpartition(".")
+        if part == "W_q":
+            own = {key: t for key, t in tensors.items() if key.rpartition(".")[0] == owner}
+            layers[owner] = _adopted_facts(owner, own)
+    if not layers:
+        raise ConfigError(f"{checkpoint} says it is quantized by hqq, but holds no matrix W_q")
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    apart = f"{head}.weight" in tensors or head in layers
+    tied = {} if apart else {f"{head}.weight": f"{embedding}.weight"}
+    save_file(tensors, into / artefacts.WEIGHTS, {"format": "pt"})
+    facts = {"format": artefacts.FORMAT, "layers": layers, "tied": tied}
+    (into / artefacts.LAYERS).write_text(json.dumps(facts, indent=1))
+
+
+def _adopted_facts(owner: str, tensors: dict[str, Tensor]) -> artefacts.Facts:
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    for flag in ("view_as_float", "quant_scale", "quant_zero"):
+        if flag in parts and bool(parts[flag].any()):
+            raise ConfigError(
+                f"{owner} was quantized by hqq with {flag}=True, which this project does not read;"
+                " quantize the model anew with method=hqq"
+            )
+    return {"tensors": {name: [dtype_name(part), list(part.shape)] for name, part in parts.items()}}

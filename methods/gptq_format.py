@@ -1,0 +1,219 @@
+"""Checkpoints in GPTQ and AWQ format: what they hold, and their weights decoded by our own code.
+
+A folder in Hugging Face layout. The codes of a matrix [out, in] are stored in int32 words, from the
+lowest bits up; 3-bit codes lie across words (32 codes in 3 words):
+
+- GPTQ: `qweight` [in * bits / 32, out], words along `in`; `qzeros` [groups, out * bits / 32];
+  `scales` [groups, out]; `g_idx` int32 [in], the group of each input, which act_order permutes.
+  Version `gptq` stores zero points less 1, subtracted from the packed words; `gptq_v2` as they are.
+- AWQ, version `gemm`: `qweight` [in, out / 8], words along `out`, whose eight codes stand in the
+  order 0, 2, 4, 6, 1, 3, 5, 7; `qzeros` [groups, out / 8] likewise; `scales` [groups, out].
+
+weight = scale * (code - zero_point) in both. Nothing here uses the library that wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kernels.errors import ConfigError
+from methods.base import Matrix
+
+WORD = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+READABLE = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a checkpoint's own quantization config says.
+
+    Attributes:
+        kind: `gptq` or `awq`.
+        version: of the layout: `gptq`, `gptq_v2`, `gemm`, or one that only the library reads.
+        made_by: the tools that say they made it.
+    """
+
+    kind: str
+    version: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    made_by: tuple[str, ...] = ()
+
+    @property
+    def zeros_in_doubt(self) -> bool:
+        """Whether a zero point of 0 may have spoiled its neighbours: AutoGPTQ packs 0 less 1 so."""
+        own = any("gptqmodel" in maker for maker in self.made_by)
+        return self.version == "gptq" and not self.symmetric and not own
+
+
+def scheme_of(folder: Path) -> Scheme:
+    """Return the scheme of the checkpoint in `folder`.
+
+    Raises:
+        ConfigError: it has no quantization config, or one of another kind.
+    """
+    stated = _quantization_config(folder)
+    kind = str(stated.get("quant_method", stated.get("method", "gptq"))).lower()
+    if kind not in READABLE:
+        raise ConfigError(f"{folder} is quantized as {kind!r}; GPTQModel loads gptq and awq here")
+    version = str(
+        stated.get("checkpoint_format") or stated.get("format") or stated.get("version") or kind
+    ).lower()
+    try:
+        return Scheme(
+            kind=kind,
+            version="gemm" if version == "awq" else version,
+            bits=int(_first(stated, "bits", "w_bit")),
+            group_size=int(_first(stated, "group_size", "q_group_size")),
+            symmetric=bool(stated.get("sym", not stated.get("zero_point", False))),
+            act_order=bool(stated.get("desc_act", False)),
+            made_by=_makers(stated),
+        )
+    except KeyError as error:
+        raise ConfigError(
+            f"the quantization config of {folder} does not say {error}; it must say bits and "
+            "group_size"
+        ) from error
+
+
+def _makers(stated: Mapping[str, Any]) -> tuple[str, ...]:
+    makers = (stated.get("meta") or {}).get("quantizer") or ()
+    return (makers,) if isinstance(makers, str) else tuple(makers)
+
+
+def _first(stated: Mapping[str, Any], name: str, other: str) -> Any:
+    """Return what is said under `name`, or under AutoAWQ's `other`."""
+    return stated[other] if other in stated else stated[name]
+
+
+def _quantization_config(folder: Path) -> Mapping[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = config.get("quantization_config")
+    if isinstance(stated, Mapping):
+        return stated
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            apart: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return {"quant_method": "awq", **apart} if "w_bit" in apart else apart
+    raise ConfigError(f"{folder} says nowhere how it is quantized (quantization_config)")
+
+
+def tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield (file, tensor name) of the safetensors files in `folder`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                yield path, name
+
+
+def matrices(folder: Path) -> list[Matrix]:
+    """Return the matrices that the checkpoint in `folder` holds quantized, by name.
+
+    Raises:
+        ConfigError: it holds none as safetensors.
+    """
+    scheme = scheme_of(folder)
+    awq = scheme.kind == "awq"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, name in tensor_names(folder):
+        if name.rpartition(".")[2] in PARTS:
+            with safe_open(path, framework="pt") as tensors:
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    found = []
+    for name in sorted(shapes):
+        owner, _, part = name.rpartition(".")
+        if part != "qweight":
+            continue
+        out_features = shapes[f"{owner}.scales"][-1]
+        in_features = shapes[name][0] if awq else _inputs(owner, shapes, scheme.bits)
+        # A head stands outside the numbered decoder blocks.
+        inside = any(piece.isdigit() for piece in owner.split("."))
+        found.append(Matrix(owner, "block" if inside else "head", out_features, in_features))
+    if not found:
+        raise ConfigError(f"{folder} holds no safetensors file with quantized matrices (qweight)")
+    return found
+
+
+def _inputs(owner: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> int:
+    if f"{owner}.g_idx" in shapes:
+        return shapes[f"{owner}.g_idx"][0]
+    return shapes[f"{owner}.qweight"][0] * WORD // bits
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Return the codes int64 [..., n * 32 / bits] of words int32 [..., n], lowest bits first."""
+    stream = words.to(torch.int64) & 0xFFFFFFFF
+    count = words.shape[-1] * WORD // bits
+    start = torch.arange(count, device=words.device) * bits
+    word, shift = start // WORD, start % WORD
+    following = stream[..., (word + 1).clamp(max=words.shape[-1] - 1)]
+    # Two neighbouring words hold every code whole; 64-bit integers hold the two.
+    wide = stream[..., word] | (following << WORD)
+    codes: Tensor = (wide >> shift) & ((1 << bits) - 1)
+    return codes
+
+
+def decode_gptq(parts: Mapping[str, Tensor], version: str) -> Tensor:
+    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix.
+
+    Raises:
+        ConfigError: `version` is not one that is read here.
+    """
+    if version not in READABLE["gptq"]:
+        raise ConfigError(f"GPTQ checkpoints of format {version!r} are not decoded here")
+    qweight, scales = parts["qweight"], parts["scales"].float()
+    bits = parts["qzeros"].shape[1] * WORD // scales.shape[1]
+    codes = unpack(qweight.T.contiguous(), bits)
+    columns = codes.shape[1]
+    if "g_idx" in parts:
+        groups = parts["g_idx"].long()
+    else:
+        groups = torch.arange(columns) // (columns // scales.shape[0])
+    zeros = _zero_points(parts["qzeros"], bits, version)
+    centred = codes[:, : groups.numel()].T - zeros[groups]
+    return (scales[groups] * centred).T.contiguous()
+
+
+def _zero_points(qzeros: Tensor, bits: int, version: str) -> Tensor:
+    """Return zero points int64 [groups, out]."""
+    if version == "gptq_v2":
+        return unpack(qzeros, bits)
+    if WORD % bits:
+        return (unpack(qzeros, bits) + 1) & ((1 << bits) - 1)
+    # The 1s were subtracted from whole words: a zero point of 0 borrowed from its neighbour.
+    ones = sum(1 << shift for shift in range(0, WORD, bits))
+    return unpack((qzeros.to(torch.int64) + ones) & 0xFFFFFFFF, bits)
+
+
+def decode_awq(parts: Mapping[str, Tensor], version: str) -> Tensor:
+    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix, 4 bits.
+
+    Raises:
+        ConfigError: `version` is not one that is read here.
+    """
+    if version not in READABLE["awq"]:
+        raise ConfigError(f"AWQ checkpoints of version {version!r} are not decoded here")
+    scales = parts["scales"].float()
+    codes, zeros = (_awq_codes(parts[part]) for part in ("qweight", "qzeros"))
+    groups = torch.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
+    return (scales[groups] * (codes - zeros[groups])).T.contiguous()
+
+
+def _awq_codes(words: Tensor) -> Tensor:
+    stored = unpack(words, 4).reshape(*words.shape, len(AWQ_ORDER))
+    codes = torch.empty_like(stored)
+    codes[..., list(AWQ_ORDER)] = stored
+    return codes.flatten(-2)
