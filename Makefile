@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LEGACY := .venv-legacy
+LEGACY_PIP := $(LEGACY)/bin/python -m pip
+LEGACY_PINS := methods/legacy/constraints.txt
 
-.PHONY: bench test check format lint types imports clean
+.PHONY: bench test check format lint types imports legacy-env clean
 
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
@@ -27,9 +30,19 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(LEGACY) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[methods,auto-round,dev]'
+	touch $@
+
+# The archived AutoAWQ and AutoGPTQ, which need an older transformers (methods/legacy.py).
+legacy-env: $(LEGACY)/.installed
+
+$(LEGACY)/.installed: $(LEGACY_PINS)
+	$(PYTHON) -m venv $(LEGACY)
+	$(LEGACY_PIP) install --quiet --constraint $(LEGACY_PINS) torch transformers autoawq setuptools wheel
+	BUILD_CUDA_EXT=0 $(LEGACY_PIP) install --quiet --constraint $(LEGACY_PINS) --no-build-isolation auto-gptq peft
+	$(LEGACY_PIP) uninstall --quiet --yes triton  # AutoAWQ's kernels for it do not import
 	touch $@

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, chdir, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,15 @@ def quantize(
         RuntimeError: the library left out matrices or text.
     """
     calibration = _check_inputs(recipe.owner, model, tokenizer, calibration, selected)
+    into = into.absolute()
     with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.") as scratch:
         source, made = Path(scratch, "float"), Path(scratch, "quantized")
         dtype = write_checkpoint(model, tokenizer, source)
         biased = any(bias_of(model, matrix) is not None for matrix in selected)
         drop_weights(model)
         with library():
-            with recipe.guard():
+            # GPTQModel keeps a log of its own in the folder `logs` of wherever it runs.
+            with recipe.guard(), chdir(scratch):
                 log, done = _run(source, made, recipe.config(), calibration)
             recipe.inspect(source, done)
         check_covered(f"GPTQModel ({recipe.owner})", selected, [m.name for m in matrices(made)])
