@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from methods.base import Matrix
+from methods.layers import bias_of
+
 WEIGHTS = "model.safetensors"
 LAYERS = "layers.json"
 FORMAT = 1
@@ -59,6 +62,17 @@ def checkpoint_dtype(model: Any) -> torch.dtype:
     """Return the floating type the model's checkpoint is stored in (float32 where it says none)."""
     dtype = getattr(model.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def stored_bias(model: nn.Module, matrix: Matrix) -> Tensor | None:
+    """Return the bias [out] of a linear map in the checkpoint's own floating type, or None."""
+    bias = None if matrix.role == "embedding" else bias_of(model, matrix)
+    return None if bias is None else bias.to(checkpoint_dtype(model))
+
+
+def dtype_name(tensor: Tensor | None) -> str | None:
+    """Return `float16` for a float16 tensor, and so on; None for None."""
+    return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
 def _parents(name: str) -> list[str]:

@@ -42,9 +42,9 @@ from methods.exported import (
     stored_bits,
     take,
 )
-from methods.int8_linear import names, require_flags
 from methods.layers import check_finite, weight_of
 from methods.library import require
+from methods.options import names, require_flags
 
 BITS = (2, 3, 4, 8)
 BATCH = 8

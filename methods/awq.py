@@ -33,9 +33,9 @@ from methods.gptqmodel_quantize import (
     quantize,
     select_matrices,
 )
-from methods.int8_linear import names, require_flags
 from methods.layers import decoder_blocks
 from methods.library import require
+from methods.options import names, require_flags
 
 BITS = 4
 GROUP_SIZES = (16, 32, 64, 128, -1)

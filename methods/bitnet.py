@@ -25,14 +25,15 @@ from torch.nn import functional
 from kernels.errors import ConfigError
 from kernels.ternary import BYTES_USED, pack, packed_bytes, unpack
 from methods import artefact as artefacts
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
-from methods.int8_linear import dtype_name, names, stored_bias
-from methods.layers import Scope, check_finite, replace, weight_of
+from methods.layers import Scope, check_finite, replace, select_linears, weight_of
+from methods.options import names
 from methods.rounded_activations import (
+    STACKED_EXPERTS,
     load_engine,
     refuse_emulated,
     round_tokens,
-    select_linears,
 )
 
 BITS = 1.58
@@ -168,7 +169,7 @@ class BitNet:
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the linear maps in scope, and what is left out."""
-        selection = select_linears(model, Scope(keep=names(self.keep)))
+        selection = select_linears(model, Scope(keep=names(self.keep)), STACKED_EXPERTS)
         return selection.matrices, selection.left_out
 
     def quantize(

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import bitsandbytes_engine as engine
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
-from methods.int8_linear import names, require_flags
-from methods.layers import Scope, Selection
-from methods.library import select_linears
+from methods.layers import Scope, Selection, select_linears
+from methods.library import whole_maps_only
+from methods.options import names, require_flags
 
 KINDS = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -142,7 +142,9 @@ class Bnb4Bit:
         return selection.matrices, selection.left_out
 
     def _select(self, model: nn.Module) -> Selection:
-        selection = select_linears(model, Scope(keep=names(self.keep)), engine.PACKAGE)
+        selection = select_linears(
+            model, Scope(keep=names(self.keep)), whole_maps_only(engine.PACKAGE)
+        )
         for matrix in selection.matrices:
             if matrix.in_features % self.block_size:
                 fitting = [str(size) for size in BLOCK_SIZES if matrix.in_features % size == 0]

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import bitsandbytes_engine as engine
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
-from methods.int8_linear import names
-from methods.layers import Scope, Selection
-from methods.library import select_linears
+from methods.layers import Scope, Selection, select_linears
+from methods.library import whole_maps_only
+from methods.options import names
 
 PATH_TOLERANCE = 0.1
 """For `methods.packed.compare_paths`, against float activations: rounding them to INT8 is part of
@@ -91,7 +91,7 @@ class BnbInt8:
         return selection.matrices, selection.left_out
 
     def _select(self, model: nn.Module) -> Selection:
-        return select_linears(model, Scope(keep=names(self.keep)), engine.PACKAGE)
+        return select_linears(model, Scope(keep=names(self.keep)), whole_maps_only(engine.PACKAGE))
 
     def quantize(
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path

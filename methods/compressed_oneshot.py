@@ -26,9 +26,9 @@ from methods.artefact import checkpoint_dtype
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.compressed_engine import PATH_TOLERANCE, load, load_dequantized, quantized_modules
 from methods.compressed_layers import Activations, refuse_fallback
-from methods.int8_linear import names
 from methods.layers import Scope, Selection, check_finite, select, weight_of
 from methods.library import check_covered, require
+from methods.options import names
 
 DTYPES = ("float32", "bfloat16")
 

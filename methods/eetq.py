@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
-from methods.int8_linear import dtype_name, names, select_linears, stored_bias
-from methods.layers import Scope, check_finite, replace, weight_of
-from methods.library import put_linear, uses_of
+from methods.layers import Scope, check_finite, replace, select_linears, weight_of
+from methods.library import put_linear, uses_of, whole_maps_only
+from methods.options import names
 from methods.rounded_activations import refuse_emulated
 
 LIBRARY = "EETQ"
@@ -170,7 +171,7 @@ class Eetq:
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the linear maps in scope, and what is left out."""
-        selection = select_linears(model, Scope(keep=names(self.keep)))
+        selection = select_linears(model, Scope(keep=names(self.keep)), whole_maps_only("EETQ"))
         return selection.matrices, selection.left_out
 
     def quantize(

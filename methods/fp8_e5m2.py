@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from methods import artefact as artefacts
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Hardware, KernelUse, Matrix
 from methods.compressed_layers import Activations, Fp8Linear, token_scale
 from methods.engine import TorchEngine
-from methods.int8_linear import dtype_name, stored_bias
 from methods.layers import replace, weight_of
 from methods.library import put_linear, uses_of
 from methods.observers import MinMax, observe_inputs

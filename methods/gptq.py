@@ -33,8 +33,8 @@ from methods.gptqmodel_quantize import (
     quantize,
     select_matrices,
 )
-from methods.int8_linear import names, require_flags
 from methods.library import require
+from methods.options import names, require_flags
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)

@@ -30,11 +30,20 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
+from methods.artefact import dtype_name
 from methods.base import Engine, Execution, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
-from methods.int8_linear import dtype_name, names
-from methods.layers import Scope, Selection, bias_of, check_finite, replace, weight_of
-from methods.library import put_linear, require, select_linears, uses_of
+from methods.layers import (
+    Scope,
+    Selection,
+    bias_of,
+    check_finite,
+    replace,
+    select_linears,
+    weight_of,
+)
+from methods.library import put_linear, require, uses_of, whole_maps_only
+from methods.options import names
 
 PACKAGE = "hqq"
 CODES_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -205,7 +214,7 @@ class HQQ:
         return selection.matrices, selection.left_out
 
     def _select(self, model: nn.Module) -> Selection:
-        selection = select_linears(model, Scope(keep=names(self.keep)), PACKAGE)
+        selection = select_linears(model, Scope(keep=names(self.keep)), whole_maps_only(PACKAGE))
         for matrix in selection.matrices:
             side = matrix.in_features if self.axis == 1 else matrix.out_features
             what = "width" if self.axis == 1 else "number of rows"

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.int8_dynamic_layers import (
@@ -47,18 +48,10 @@ from methods.int8_dynamic_layers import (
     TorchaoLinear,
     announced_removals_silenced,
 )
-from methods.int8_linear import (
-    DEQUANTIZED,
-    PATH_TOLERANCE,
-    dtype_name,
-    names,
-    require_flags,
-    select_linears,
-    stored_bias,
-    untie,
-)
-from methods.layers import Scope, check_finite, replace, weight_of
+from methods.int8_linear import DEQUANTIZED, PATH_TOLERANCE, STACKED_EXPERTS, untie
+from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.library import linears_only
+from methods.options import names, require_flags
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,7 +121,7 @@ class Int8Dynamic:
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the linear maps (and embedding) in scope, and what is left out."""
-        selection = select_linears(model, self._scope)
+        selection = select_linears(model, self._scope, STACKED_EXPERTS)
         return selection.matrices, selection.left_out
 
     def quantize(

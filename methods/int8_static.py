@@ -29,19 +29,11 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.affine import Affine, quantize
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Calibration, Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
-from methods.int8_linear import (
-    DEQUANTIZED,
-    PATH_TOLERANCE,
-    dtype_name,
-    names,
-    require_flags,
-    select_linears,
-    stored_bias,
-    untie,
-)
-from methods.layers import Scope, check_finite, replace, weight_of
+from methods.int8_linear import DEQUANTIZED, PATH_TOLERANCE, STACKED_EXPERTS, untie
+from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.observers import (
     LEVELS,
     OBSERVERS,
@@ -53,6 +45,7 @@ from methods.observers import (
     named,
     observe_inputs,
 )
+from methods.options import names, require_flags
 
 KERNEL = "onednn::qlinear_pointwise, u8 x s8"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -222,7 +215,7 @@ class Int8Static:
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the linear maps in scope, and what is left out."""
-        selection = select_linears(model, self._scope)
+        selection = select_linears(model, self._scope, STACKED_EXPERTS)
         return selection.matrices, selection.left_out
 
     def quantize(

@@ -131,6 +131,30 @@ def select(model: nn.Module, scope: Scope) -> Selection:
     return Selection(matrices, left_out)
 
 
+def select_linears(model: Any, scope: Scope, reason: str) -> Selection:
+    """Return what `scope` covers in `model` (may be on meta), stacks of experts left out.
+
+    For methods that act on whole linear maps; `reason` says in the record why stacks are left.
+
+    Raises:
+        ConfigError: nothing is left to quantize, or a `keep` pattern matches nothing.
+    """
+    selection = select(model, scope)
+    stacks: dict[str, int] = {}
+    for matrix in selection.matrices:
+        if matrix.count > 1:
+            name = re.sub(r"\.\d+\.", ".*.", matrix.name)
+            stacks[name] = stacks.get(name, 0) + matrix.weights
+    matrices = [matrix for matrix in selection.matrices if matrix.count == 1]
+    if not matrices:
+        raise ConfigError(
+            f"{type(model).__name__} keeps all matrices in scope as stacks of experts, which this "
+            f"method leaves alone ({reason}); use method=rtn"
+        )
+    left_out = [(name, weights, reason) for name, weights in stacks.items()]
+    return Selection(matrices, selection.left_out + left_out)
+
+
 def _left_out(
     model: nn.Module, matrices: list[Matrix], kept: set[str], ends: dict[Role, Matrix]
 ) -> list[tuple[str, int, str]]:

@@ -40,9 +40,9 @@ from methods.exported import (
     stored_bits,
     take,
 )
-from methods.int8_linear import require_flags
 from methods.layers import check_finite, weight_of
 from methods.library import write_checkpoint
+from methods.options import require_flags
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).with_suffix("")

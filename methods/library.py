@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
-from methods import int8_linear
 from methods.artefact import checkpoint_dtype
 from methods.base import Execution, KernelUse, Matrix
-from methods.layers import Scope, Selection, bias_of, replace, weight_of
+from methods.layers import bias_of, replace, weight_of
 
 
 def require(package: str, owner: str) -> None:
@@ -36,24 +35,9 @@ def require(package: str, owner: str) -> None:
         )
 
 
-def select_linears(model: Any, scope: Scope, owner: str) -> Selection:
-    """Return what `scope` covers in `model` (may be on meta), stacks of experts left out.
-
-    Raises:
-        ConfigError: nothing is left to quantize, or a `keep` pattern matches nothing.
-    """
-    selection = int8_linear.select_linears(model, scope)
-    left_out = [
-        (
-            name,
-            weights,
-            f"stack of experts: {owner} takes whole linear maps"
-            if reason == int8_linear.STACKED_EXPERTS
-            else reason,
-        )
-        for name, weights, reason in selection.left_out
-    ]
-    return Selection(selection.matrices, left_out)
+def whole_maps_only(owner: str) -> str:
+    """Return why a library leaves stacks of experts alone, for `methods.layers.select_linears`."""
+    return f"stack of experts: {owner} takes whole linear maps"
 
 
 def write_checkpoint(model: Any, tokenizer: Any, into: Path) -> torch.dtype:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
-from methods import int8_linear
 from methods.base import Hardware, KernelUse
 from methods.engine import TorchEngine
-from methods.layers import Scope, Selection
 
 STACKED_EXPERTS = "stack of experts: the model multiplies it, so its input cannot be rounded here"
 
@@ -46,20 +44,6 @@ def refuse_emulated(hardware: Hardware) -> None:
             "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
             "use 'float32' or 'bfloat16'"
         )
-
-
-def select_linears(model: Any, scope: Scope) -> Selection:
-    """Return the linear maps that `scope` covers in `model` (may be on meta), stacks left out.
-
-    Raises:
-        ConfigError: nothing is left to quantize, or a `keep` pattern matches nothing.
-    """
-    selection = int8_linear.select_linears(model, scope)
-    left_out = [
-        (name, weights, STACKED_EXPERTS if reason == int8_linear.STACKED_EXPERTS else reason)
-        for name, weights, reason in selection.left_out
-    ]
-    return Selection(selection.matrices, left_out)
 
 
 class Layer(Protocol):

@@ -34,12 +34,17 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.affine import Affine
+from methods.artefact import stored_bias
 from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
-from methods.int8_linear import names, stored_bias
-from methods.layers import Scope, check_finite, replace, weight_of
+from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.linear import Layout
 from methods.observers import named, observe_inputs
-from methods.rounded_activations import load_engine, refuse_emulated, select_linears
+from methods.options import names
+from methods.rounded_activations import (
+    STACKED_EXPERTS,
+    load_engine,
+    refuse_emulated,
+)
 from methods.rptq_layers import ChannelRanges, ReorderedLinear, clusters_of, index_dtype
 
 ACTIVATION_BITS = (8, 4)
@@ -107,7 +112,7 @@ class RPTQ:
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the linear maps in scope, and what is left out."""
-        selection = select_linears(model, Scope(keep=names(self.keep)))
+        selection = select_linears(model, Scope(keep=names(self.keep)), STACKED_EXPERTS)
         return selection.matrices, selection.left_out
 
     def quantize(

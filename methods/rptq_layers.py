@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.affine import Affine, quantize
+from methods.artefact import dtype_name
 from methods.base import Hardware, Matrix
-from methods.int8_linear import dtype_name
 from methods.linear import Layout, QuantizedLinear
 from methods.observers import MinMax
 

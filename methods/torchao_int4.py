@@ -35,17 +35,13 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from kernels.pack import pack
 from methods import artefact as artefacts
+from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Execution, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
-from methods.int8_linear import (
-    dtype_name,
-    names,
-    require_flags,
-    stored_bias,
-    untie,
-)
-from methods.layers import Scope, Selection, check_finite, replace, weight_of
-from methods.library import linears_only, require, select_linears
+from methods.int8_linear import untie
+from methods.layers import Scope, Selection, check_finite, replace, select_linears, weight_of
+from methods.library import linears_only, require, whole_maps_only
+from methods.options import names, require_flags
 from methods.packed import PATH_TOLERANCE
 from methods.torchao_engine import (
     PACKAGE,
@@ -156,7 +152,7 @@ class TorchaoInt4:
         return selection.matrices, selection.left_out
 
     def _selection(self, model: nn.Module) -> Selection:
-        selection = select_linears(model, self._scope, PACKAGE)
+        selection = select_linears(model, self._scope, whole_maps_only(PACKAGE))
         for matrix in selection.matrices:
             if matrix.in_features % self.group_size or matrix.in_features % 2:
                 raise ConfigError(

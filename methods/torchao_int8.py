@@ -34,16 +34,19 @@ from methods.base import Engine, Execution, Hardware, Matrix, QuantizeReport
 from methods.compressed_layers import Int8Linear
 from methods.engine import TorchEngine
 from methods.int8_dynamic_layers import INT_MM_MULTIPLE, StoredLinear, TorchaoLinear
-from methods.int8_linear import (
-    DEQUANTIZED,
-    PATH_TOLERANCE,
-    names,
-    require_flags,
-    untie,
-)
+from methods.int8_linear import DEQUANTIZED, PATH_TOLERANCE, untie
 from methods.int8_static import has_integer_kernel
-from methods.layers import Scope, Selection, bias_of, check_finite, replace, weight_of
-from methods.library import put_linear, require, select_linears, uses_of
+from methods.layers import (
+    Scope,
+    Selection,
+    bias_of,
+    check_finite,
+    replace,
+    select_linears,
+    weight_of,
+)
+from methods.library import put_linear, require, uses_of, whole_maps_only
+from methods.options import names, require_flags
 from methods.torchao_engine import (
     PACKAGE,
     check_activations,
@@ -122,7 +125,7 @@ class TorchaoInt8:
         return selection.matrices, selection.left_out
 
     def _selection(self, model: nn.Module) -> Selection:
-        selection = select_linears(model, self._scope, PACKAGE)
+        selection = select_linears(model, self._scope, whole_maps_only(PACKAGE))
         for matrix in selection.matrices:
             if isinstance(model.get_submodule(matrix.name), Conv1D):
                 raise ConfigError(

@@ -30,15 +30,14 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
-from methods.int8_linear import names, require_flags
-from methods.layers import Scope, Selection
+from methods.layers import Scope, Selection, select_linears
 from methods.linear import Layout, QuantizedLinear
+from methods.options import names, require_flags
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     load_engine,
     refuse_emulated,
     round_tokens,
-    select_linears,
 )
 from methods.rtn import RTN
 
@@ -119,7 +118,9 @@ class ZeroQuant:
 
     def _select(self, model: nn.Module) -> tuple[RTN, Selection]:
         """Return what rounds the weights of `model`, and what that covers: no stack of experts."""
-        selection = select_linears(model, Scope(self.head, False, names(self.keep)))
+        selection = select_linears(
+            model, Scope(self.head, False, names(self.keep)), STACKED_EXPERTS
+        )
         # Names in `left_out` stand for all blocks: they are the patterns that `keep` takes.
         stacks = [name for name, _, reason in selection.left_out if reason == STACKED_EXPERTS]
         rtn = dataclasses.replace(self._weights, keep=(*self._weights.keep, *stacks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,10 @@ from transformers import (
 )
 
 from methods.base import Engine, Method, QuantizeReport
+from tests.methods.machine import Machine
 
 VOCABULARY = 96
 CONTEXT = 64
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The part of a hardware configuration that a method asks for."""
-
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    allow_fallback: bool = True
-    offload: str | None = None
-    resident_bytes: int = 0
 
 
 def llama(tied: bool = False, bias: bool = False) -> Any:

@@ -21,7 +21,8 @@ from methods.gptq_format import decode_awq, decode_gptq
 from methods.packed import PathDisagreementError, compare_paths
 from tests.architectures import VOCABULARY, tiny_ids, tiny_tokenizer
 from tests.methods.gptq_models import WEIGHTS, build, logits, parts_of, spoil, stored_bits
-from tests.methods.int8_models import Machine, divergence
+from tests.methods.int8_models import divergence
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 CALIBRATION = Calibration(samples=8, seq_len=32, seed=0)

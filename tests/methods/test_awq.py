@@ -30,7 +30,8 @@ from tests.methods.gptq_models import (
     stored_bits,
 )
 from tests.methods.gptq_reference import rtn
-from tests.methods.int8_models import Machine, divergence
+from tests.methods.int8_models import divergence
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 BLOCK = "model.layers.0."

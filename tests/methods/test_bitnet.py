@@ -23,8 +23,9 @@ from methods.bitnet import BitNet, TernaryLinear, ternary
 from methods.layers import bias_of, weight_of
 from methods.rounded_activations import STACKED_EXPERTS
 from tests.architectures import CONFIGS, logits_of, tiny, tiny_ids
-from tests.methods.int8_models import Machine, divergence, round_trip
+from tests.methods.int8_models import divergence, round_trip
 from tests.methods.layer_checks import bits_on_disk, passed_through
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method" / "bitnet.yaml"
 KINDS = ("llama", "llama_tied", "qwen2", "gpt2", "mixtral", "opt")

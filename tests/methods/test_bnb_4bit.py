@@ -19,8 +19,9 @@ from methods.base import Matrix
 from methods.bnb_4bit import Bnb4Bit
 from methods.packed import PathDisagreementError, compare_paths
 from tests.architectures import logits_of, tiny, tiny_ids
-from tests.methods.int8_models import Machine, divergence, round_trip
+from tests.methods.int8_models import divergence, round_trip
 from tests.methods.layer_checks import bits_on_disk
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 bnb = bitsandbytes_engine.library()

@@ -19,8 +19,9 @@ from methods import bitsandbytes_engine, library
 from methods.bnb_int8 import BnbInt8
 from methods.packed import PathDisagreementError, compare_paths
 from tests.architectures import logits_of, tiny, tiny_ids
-from tests.methods.int8_models import Machine, divergence, round_trip
+from tests.methods.int8_models import divergence, round_trip
 from tests.methods.layer_checks import bits_on_disk
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 bnb = bitsandbytes_engine.library()

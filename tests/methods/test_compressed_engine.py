@@ -18,7 +18,7 @@ from methods.compressed_oneshot import OneShot, select_linears
 from methods.packed import compare_paths
 from tests.architectures import tiny_ids, write_checkpoint
 from tests.methods.compressed_models import by_row, half, symmetric_int8, tensors_of
-from tests.methods.int8_models import Machine
+from tests.methods.machine import Machine
 
 EXACT = 1e-6
 BFLOAT16 = 0.02

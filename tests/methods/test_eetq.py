@@ -24,8 +24,9 @@ from methods.base import Method
 from methods.eetq import Eetq, EetqLinear, StoredEetq, has_library, round_rows
 from methods.layers import bias_of, weight_of
 from tests.architectures import CONFIGS, logits_of, tiny, tiny_ids
-from tests.methods.int8_models import Machine, divergence, round_trip
+from tests.methods.int8_models import divergence, round_trip
 from tests.methods.layer_checks import bits_on_disk
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method" / "eetq.yaml"
 KINDS = ("llama", "llama_tied", "qwen2", "gpt2", "mixtral", "opt")
@@ -135,7 +136,7 @@ def test_what_is_simulated_is_said(tmp_path: Path) -> None:
     assert uses[0].kernel.startswith("none: rounded weights as floats")
     assert "simulated in floating point" in report.notes[0]
     experts = [reason for name, _, reason in report.left_out if "experts" in name]
-    assert experts == ["stack of experts: the INT8 kernels take whole linear maps"] * 2
+    assert experts == ["stack of experts: EETQ takes whole linear maps"] * 2
 
 
 class Card(ModuleType):

@@ -29,7 +29,7 @@ from tests.methods.compressed_models import (
     plain_logits,
     tensors_of,
 )
-from tests.methods.int8_models import Machine
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -35,7 +35,8 @@ from tests.methods.gptq_models import (
     spoil,
     stored_bits,
 )
-from tests.methods.int8_models import Machine, divergence
+from tests.methods.int8_models import divergence
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 FIRST = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]

@@ -29,7 +29,7 @@ from methods.gptq_format import (
 )
 from methods.packed import compare_paths
 from tests.methods.gptq_models import CALIBRATION, WEIGHTS, calibration_text, quantized
-from tests.methods.int8_models import Machine
+from tests.methods.machine import Machine
 
 BITS = (2, 3, 4, 8)
 OUT, WIDTH, GROUP = 32, 64, 16

@@ -25,7 +25,6 @@ from methods.int8_dynamic_layers import (
 )
 from methods.packed import compare_paths
 from tests.methods.int8_models import (
-    Machine,
     divergence,
     gpt2,
     llama,
@@ -34,6 +33,7 @@ from tests.methods.int8_models import (
     round_trip,
     tokens,
 )
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 

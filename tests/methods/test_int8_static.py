@@ -19,7 +19,6 @@ from methods.int8_static import Int8Static, StaticLinear, has_integer_kernel
 from methods.observers import OBSERVERS, Grid, grid_of
 from methods.packed import compare_paths
 from tests.methods.int8_models import (
-    Machine,
     divergence,
     gpt2,
     llama,
@@ -28,6 +27,7 @@ from tests.methods.int8_models import (
     round_trip,
     tokens,
 )
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 CALIBRATION = Calibration(samples=4, seq_len=40, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from methods.layers import (
 )
 from methods.unquantized import Unquantized
 from tests.architectures import CONFIGS, logits_of, tiny, tiny_ids
+from tests.methods.machine import Machine
 
 KINDS = tuple(CONFIGS)
 # Matrices of one block: (last parts of the names, out, in, count), by the architecture's own paper
@@ -80,15 +80,6 @@ BLOCKS: dict[str, tuple[str, dict[str, tuple[int, int, int]]]] = {
     ),
 }
 TIED = {"llama_tied", "qwen2", "gpt2", "opt"}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The part of a hardware configuration that a method asks for."""
-
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    allow_fallback: bool = True
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,8 @@ from tests.methods.gptq_models import (
     spoil,
     stored_bits,
 )
-from tests.methods.int8_models import Machine, divergence
+from tests.methods.int8_models import divergence
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 CALIBRATION = Calibration(samples=8, seq_len=32, seed=0)

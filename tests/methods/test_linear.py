@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from kernels.errors import ConfigError
 from methods.affine import Affine, dequantize, quantize
 from methods.base import Matrix, Role
 from methods.linear import Layout, QuantizedEmbedding, QuantizedModule, empty, module_of
+from tests.methods.machine import Machine
 
 BITS = (8, 4, 3, 2)
 FORMATS = [
@@ -21,15 +22,6 @@ FORMATS = [
     for group_size, per_tensor in ((-1, False), (-1, True), (16, False), (32, False))
     for symmetric in (True, False)
 ]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The part of a hardware configuration that a module asks for."""
-
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    allow_fallback: bool = True
 
 
 def module(

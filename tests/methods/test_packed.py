@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,7 @@ from kernels.cpu import Int4Linear
 from methods.packed import PATH_TOLERANCE, PathDisagreementError, compare_paths
 from methods.rtn import RTN
 from tests.architectures import tiny, tiny_ids
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The part of a hardware configuration that a method asks for."""
-
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    allow_fallback: bool = True
+from tests.methods.machine import Machine
 
 
 def artefact(method: RTN, folder: Path, kind: str = "llama") -> Path:

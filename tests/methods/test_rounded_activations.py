@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from kernels.errors import ConfigError
-from methods.layers import Scope
+from methods.layers import Scope, select_linears
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     refuse_emulated,
     round_tokens,
-    select_linears,
 )
 from tests.architectures import tiny
-from tests.methods.int8_models import Machine
+from tests.methods.machine import Machine
 
 
 def test_each_token_has_its_own_127_steps() -> None:
@@ -44,7 +43,7 @@ def test_bfloat16_tokens_are_rounded_in_float32() -> None:
 
 
 def test_stacks_of_experts_are_left_out_and_said() -> None:
-    selection = select_linears(tiny("mixtral"), Scope())
+    selection = select_linears(tiny("mixtral"), Scope(), STACKED_EXPERTS)
     assert all(matrix.count == 1 for matrix in selection.matrices)
     stacks = {name for name, _, reason in selection.left_out if reason == STACKED_EXPERTS}
     assert stacks == {

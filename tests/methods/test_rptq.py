@@ -32,8 +32,9 @@ from methods.rptq_layers import (
     k_means,
 )
 from tests.architectures import CONFIGS, logits_of, tiny, tiny_ids
-from tests.methods.int8_models import Machine, divergence, round_trip
+from tests.methods.int8_models import divergence, round_trip
 from tests.methods.layer_checks import bits_on_disk, passed_through
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method" / "rptq.yaml"
 KINDS = ("llama", "llama_tied", "qwen2", "gpt2", "mixtral", "opt")

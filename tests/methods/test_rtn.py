@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,10 @@ from methods.base import Matrix, Method, QuantizeReport
 from methods.layers import weight_of
 from methods.rtn import RTN
 from tests.architectures import CONFIGS, logits_of, tiny, tiny_ids
+from tests.methods.machine import Machine
 
 BITS = (8, 4, 3, 2)
 KINDS = ("llama", "llama_tied", "gpt2", "mixtral", "opt", "gpt_neox")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The part of a hardware configuration that a method asks for."""
-
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    allow_fallback: bool = True
 
 
 def rtn(bits: int = 4, group_size: int = 32, **options: Any) -> RTN:

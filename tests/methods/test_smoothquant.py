@@ -26,7 +26,8 @@ from tests.methods.compressed_models import (
     half,
     tensors_of,
 )
-from tests.methods.int8_models import Machine, divergence
+from tests.methods.int8_models import divergence
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 

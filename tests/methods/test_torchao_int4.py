@@ -21,7 +21,6 @@ from methods.packed import PathDisagreementError, compare_paths
 from methods.torchao_int4 import TorchaoInt4
 from methods.torchao_int4_layers import OpaqueLinear, StoredInt4, opaque_codes
 from tests.methods.int8_models import (
-    Machine,
     divergence,
     gpt2,
     llama,
@@ -31,6 +30,7 @@ from tests.methods.int8_models import (
     tokens,
 )
 from tests.methods.layer_checks import bits_on_disk
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 UP = "model.layers.0.mlp.up_proj"

@@ -23,7 +23,6 @@ from methods.packed import PathDisagreementError, compare_paths
 from methods.torchao_int8 import TorchaoInt8
 from tests.architectures import tiny, tiny_ids
 from tests.methods.int8_models import (
-    Machine,
     divergence,
     gpt2,
     llama,
@@ -33,6 +32,7 @@ from tests.methods.int8_models import (
     tokens,
 )
 from tests.methods.layer_checks import bits_on_disk
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 UP = "model.layers.0.mlp.up_proj"

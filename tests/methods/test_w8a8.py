@@ -33,7 +33,7 @@ from tests.methods.compressed_models import (
     symmetric_int8,
     tensors_of,
 )
-from tests.methods.int8_models import Machine
+from tests.methods.machine import Machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 DYNAMIC, STATIC = W8A8("w8a8"), W8A8Static("w8a8_static", calibration=CALIBRATION)

@@ -1,0 +1,21 @@
+"""Options as YAML hands them over, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernels.errors import ConfigError
+
+
+def names(keep: object) -> tuple[str, ...]:
+    """Return the patterns of option `keep` as a tuple; raise ConfigError where they are no list."""
+    if isinstance(keep, str) or not isinstance(keep, Sequence):
+        raise ConfigError(f"method.keep is {keep!r}; it must be a list, like ['*.down_proj']")
+    return tuple(keep)
+
+
+def require_flags(owner: str, flags: dict[str, object]) -> None:
+    """Raise ConfigError for the first of `flags` that is not true or false."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"method.{name} of {owner} is {value!r}; it must be true or false")
