@@ -132,7 +132,9 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     hardware: Hardware = instantiate(config["hardware"])
     source: ModelSource = instantiate(config["model"])
     method: Method = instantiate(config["method"])
-    progress = Progress(job, hardware)
+    # The axes as the method has them: awq has 4 bits, though no option says so.
+    axes = {"bits": method.bits, "group_size": method.group_size}
+    progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)
     stage("computing sizes")
     model = meta_model(source.architecture())
     sizes = compute(model, method)
