@@ -28,11 +28,10 @@ from methods import artefact as artefacts
 from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.layers import Scope, check_finite, replace, select_linears, weight_of
-from methods.options import names
+from methods.options import names, refuse_emulated
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     load_engine,
-    refuse_emulated,
     round_tokens,
 )
 

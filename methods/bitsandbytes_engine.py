@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from kernels.errors import ConfigError
 from methods.artefact import checkpoint_dtype
 from methods.base import Execution, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.layers import Selection, bias_of, check_finite, replace, weight_of
-from methods.library import check_covered, put_linear, require, uses_of
+from methods.library import check_covered, no_progress_bars, put_linear, require, uses_of
 
 PACKAGE = "bitsandbytes"
 
@@ -68,15 +66,6 @@ def library() -> Any:
     import bitsandbytes
 
     return bitsandbytes
-
-
-def check_hardware(name: str, hardware: Hardware) -> None:
-    """Raise ConfigError for FP16 activations on a CPU."""
-    if hardware.device == "cpu" and hardware.compute_dtype == "float16":
-        raise ConfigError(
-            f"hardware.compute_dtype is 'float16' on a CPU, where it is emulated; {name} runs "
-            "there with 'float32' or 'bfloat16'"
-        )
 
 
 def write(
@@ -115,7 +104,7 @@ def write(
     model.config.quantization_config = BitsAndBytesConfig(
         **settings, llm_int8_skip_modules=_skipped(linears, covered)
     )
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(into)
     return QuantizeReport(selection.matrices, bits, selection.left_out)
 
@@ -126,17 +115,6 @@ def _skipped(linears: set[str], covered: Sequence[str]) -> list[str]:
         f"{name}$" if any(other.startswith(name) for other in covered) else name
         for name in sorted(linears - set(covered))
     ]
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def matrices(folder: Path) -> list[Matrix]:
@@ -255,7 +233,7 @@ def load_dequantized(folder: Path, hardware: Hardware) -> TorchEngine:
 def _load(folder: Path, hardware: Hardware, found: Sequence[Matrix]) -> Any:
     bitsandbytes = library()
     dtype = getattr(torch, hardware.compute_dtype)
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": hardware.device}, local_files_only=True
         )

@@ -30,7 +30,7 @@ from methods import bitsandbytes_engine as engine
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, Selection, select_linears
 from methods.library import whole_maps_only
-from methods.options import names, require_flags
+from methods.options import names, refuse_emulated, require_flags
 
 KINDS = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -94,7 +94,7 @@ class Bnb4Bit:
 
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 on a CPU, and bfloat16 kernels where another type is asked for."""
-        engine.check_hardware(self.name, hardware)
+        refuse_emulated(hardware)
         if hardware.device != "cpu":
             return
         if self.compute_dtype == "float16":

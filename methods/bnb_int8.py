@@ -26,7 +26,7 @@ from methods import bitsandbytes_engine as engine
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, Selection, select_linears
 from methods.library import whole_maps_only
-from methods.options import names
+from methods.options import names, refuse_emulated
 
 PATH_TOLERANCE = 0.1
 """For `methods.packed.compare_paths`, against float activations: rounding them to INT8 is part of
@@ -73,7 +73,7 @@ class BnbInt8:
 
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 on a CPU, and conversions at each call that the hardware does not allow."""
-        engine.check_hardware(self.name, hardware)
+        refuse_emulated(hardware)
         integers = hardware.device != "cpu" or engine.has_integer_kernel()
         if not integers and not hardware.allow_fallback:
             raise ConfigError(

@@ -26,6 +26,7 @@ from methods import (
     gptq_format,
     gptqmodel_engine,
     hqq,
+    hqq_checkpoint,
 )
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, select
@@ -153,7 +154,7 @@ class Checkpoint:
         scheme = scheme_of(checkpoint)
         if scheme.kind == "hqq":
             # In the container that method=hqq writes: no library reads these folders any more.
-            hqq.adopt(checkpoint, model, into)
+            hqq_checkpoint.adopt(checkpoint, model, into)
         for pattern in FILES:
             for path in sorted(checkpoint.glob(pattern)):
                 if scheme.kind != "hqq" or path.suffix == ".json":

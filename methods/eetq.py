@@ -37,8 +37,7 @@ from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.library import put_linear, uses_of, whole_maps_only
-from methods.options import names
-from methods.rounded_activations import refuse_emulated
+from methods.options import names, refuse_emulated
 
 LIBRARY = "EETQ"
 KERNEL = "EETQ::w8_a16_gemm, float16"

@@ -40,6 +40,7 @@ from methods.gptq_format import (
     tensor_names,
 )
 from methods.library import check_covered, put_linear, require, uses_of
+from methods.options import refuse_emulated
 
 __all__ = ["BACKENDS", "PATH_TOLERANCE", "check", "load", "load_dequantized", "matrices"]
 
@@ -105,11 +106,7 @@ def check(
                 f"method.backend={backend} of {owner} is a CUDA kernel, and hardware.device is "
                 f"'cpu'; there it must be one of {', '.join(CPU_BACKENDS)}"
             )
-        if dtype == "float16":
-            raise ConfigError(
-                "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
-                "use 'float32' or 'bfloat16'"
-            )
+        refuse_emulated(hardware)
         packed = backend == "auto" and has_packed_kernel(bits, group_size)
         if not packed and not hardware.allow_fallback:
             raise ConfigError(

@@ -17,7 +17,6 @@ first dimension into as many equal parts as fit a word, the first part in the hi
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
@@ -43,7 +41,7 @@ from methods.layers import (
     weight_of,
 )
 from methods.library import put_linear, require, uses_of, whole_maps_only
-from methods.options import names
+from methods.options import names, refuse_emulated
 
 PACKAGE = "hqq"
 CODES_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -176,7 +174,7 @@ class HQQ:
 
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 on a CPU, and backends of CUDA elsewhere."""
-        check_hardware(hardware)
+        refuse_emulated(hardware)
         if hardware.device != "cuda" and self.backend != "pytorch":
             raise ConfigError(
                 f"method.backend={self.backend} of {self.name} needs CUDA, and the device is "
@@ -290,22 +288,13 @@ class HQQ:
         return load_dequantized(artefact, hardware)
 
 
-def check_hardware(hardware: Hardware) -> None:
-    """Refuse FP16 on a CPU."""
-    if hardware.device == "cpu" and hardware.compute_dtype == "float16":
-        raise ConfigError(
-            "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
-            "use 'float32' or 'bfloat16'"
-        )
-
-
 def load(artefact: Path, hardware: Hardware, backend: Backend = "pytorch") -> TorchEngine:
     """Load the artefact as hqq's own layers, run by `backend`.
 
     Raises:
         ConfigError: hqq or the backend's library is missing, or `hardware` computes in FP16.
     """
-    check_hardware(hardware)
+    refuse_emulated(hardware)
     require(PACKAGE, "hqq")
     if backend != "pytorch":
         require("hqq_aten" if backend == "aten" else "gemlite", "hqq")
@@ -335,7 +324,7 @@ def _kernel(backend: Backend, bits: int, dtype: str) -> tuple[str, Execution]:
 
 def load_dequantized(artefact: Path, hardware: Hardware) -> TorchEngine:
     """Load with every matrix decoded here into an `nn.Linear`, to hold hqq's layers against."""
-    check_hardware(hardware)
+    refuse_emulated(hardware)
     dtype = getattr(torch, hardware.compute_dtype)
     model, found = _load(artefact, hardware)
     for matrix, stored in found:
@@ -360,42 +349,3 @@ def _load(artefact: Path, hardware: Hardware) -> tuple[Any, list[tuple[Matrix, S
         if isinstance(module, StoredHqq)
     ]
     return model, found
-
-
-def adopt(checkpoint: Path, model: Any, into: Path) -> None:
-    """Write an artefact of a checkpoint that transformers 4 saved with its HqqConfig.
-
-    Its tensors are those of `HQQLinear.state_dict()`, as here; `model` is its shape, on meta.
-
-    Raises:
-        ConfigError: it holds no such matrix, or options that this project does not write.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        tensors |= load_file(path)
-    layers: dict[str, artefacts.Facts] = {}
-    for name in tensors:
-        owner, _, part = name.rpartition(".")
-        if part == "W_q":
-            own = {key: t for key, t in tensors.items() if key.rpartition(".")[0] == owner}
-            layers[owner] = _adopted_facts(owner, own)
-    if not layers:
-        raise ConfigError(f"{checkpoint} says it is quantized by hqq, but holds no matrix W_q")
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-    apart = f"{head}.weight" in tensors or head in layers
-    tied = {} if apart else {f"{head}.weight": f"{embedding}.weight"}
-    save_file(tensors, into / artefacts.WEIGHTS, {"format": "pt"})
-    facts = {"format": artefacts.FORMAT, "layers": layers, "tied": tied}
-    (into / artefacts.LAYERS).write_text(json.dumps(facts, indent=1))
-
-
-def _adopted_facts(owner: str, tensors: dict[str, Tensor]) -> artefacts.Facts:
-    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-    for flag in ("view_as_float", "quant_scale", "quant_zero"):
-        if flag in parts and bool(parts[flag].any()):
-            raise ConfigError(
-                f"{owner} was quantized by hqq with {flag}=True, which this project does not read;"
-                " quantize the model anew with method=hqq"
-            )
-    return {"tensors": {name: [dtype_name(part), list(part.shape)] for name, part in parts.items()}}

@@ -8,13 +8,15 @@ safetensors files): it can be deployed as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from kernels.errors import ConfigError
 from methods.artefact import checkpoint_dtype
@@ -38,6 +40,18 @@ def require(package: str, owner: str) -> None:
 def whole_maps_only(owner: str) -> str:
     """Return why a library leaves stacks of experts alone, for `methods.layers.select_linears`."""
     return f"stack of experts: {owner} takes whole linear maps"
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers off standard error."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def write_checkpoint(model: Any, tokenizer: Any, into: Path) -> torch.dtype:

@@ -1,10 +1,11 @@
-"""Options as YAML hands them over, checked."""
+"""Options as YAML hands them over, and hardware, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from kernels.errors import ConfigError
+from methods.base import Hardware
 
 
 def names(keep: object) -> tuple[str, ...]:
@@ -19,3 +20,12 @@ def require_flags(owner: str, flags: dict[str, object]) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ConfigError(f"method.{name} of {owner} is {value!r}; it must be true or false")
+
+
+def refuse_emulated(hardware: Hardware) -> None:
+    """Raise ConfigError for FP16 activations on a CPU."""
+    if hardware.device == "cpu" and hardware.compute_dtype == "float16":
+        raise ConfigError(
+            "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
+            "use 'float32' or 'bfloat16'"
+        )

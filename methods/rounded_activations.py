@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.base import Hardware, KernelUse
 from methods.engine import TorchEngine
@@ -35,15 +34,6 @@ def round_tokens(x: Tensor) -> Tensor:
     # Any step will do for a token of zeros; a subnormal one would divide inexactly.
     step = step.clamp_(min=torch.finfo(torch.float32).smallest_normal)
     return (wide / step).round_().mul_(step)
-
-
-def refuse_emulated(hardware: Hardware) -> None:
-    """Raise ConfigError for FP16 activations on a CPU."""
-    if hardware.device == "cpu" and hardware.compute_dtype == "float16":
-        raise ConfigError(
-            "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
-            "use 'float32' or 'bfloat16'"
-        )
 
 
 class Layer(Protocol):

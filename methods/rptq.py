@@ -39,11 +39,10 @@ from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.linear import Layout
 from methods.observers import named, observe_inputs
-from methods.options import names
+from methods.options import names, refuse_emulated
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     load_engine,
-    refuse_emulated,
 )
 from methods.rptq_layers import ChannelRanges, ReorderedLinear, clusters_of, index_dtype
 

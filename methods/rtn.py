@@ -28,6 +28,7 @@ from methods.layers import (
     weight_of,
 )
 from methods.linear import Layout, QuantizedModule, module_of, packed_kernel
+from methods.options import refuse_emulated
 from methods.packed import PATH_TOLERANCE, load_engine
 
 ON_INDIVISIBLE = ("error", "pad")
@@ -90,11 +91,7 @@ class RTN:
 
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 activations on a CPU, and a fallback that the hardware does not allow."""
-        if hardware.device == "cpu" and hardware.compute_dtype == "float16":
-            raise ConfigError(
-                "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
-                "use 'float32' or 'bfloat16'"
-            )
+        refuse_emulated(hardware)
         packed_kernel(f"method {self.name}", self.bits, self.group_size, hardware)
 
     def stored_bits(self, matrix: Matrix) -> int:

@@ -13,8 +13,7 @@ stored), with weight = scale * (qdata - zero_point).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from kernels.errors import ConfigError
 from methods.base import Hardware, Matrix
-from methods.library import check_covered, require
+from methods.library import check_covered, no_progress_bars, require
 
 PACKAGE = "torchao"
 WEIGHTS = "model.safetensors"
@@ -93,7 +91,7 @@ def write_folder(model: Any, config: Any, into: Path) -> None:
     model.config.quantization_config = settings
     # What from_pretrained attaches when it quantizes: saving asks it for plain tensors.
     model.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(into)
 
 
@@ -105,7 +103,7 @@ def load_folder(owner: str, folder: Path, hardware: Hardware, matrices: Sequence
     """
     require(PACKAGE, owner)
     dtype = getattr(torch, hardware.compute_dtype)
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     check_covered(owner, matrices, quantized_weights(model))
     return model.to(hardware.device).eval().requires_grad_(False)
@@ -129,14 +127,3 @@ def stored_tensors(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
             file.get_tensor(f"{name}.{part}") for part in (QDATA, SCALE, ZERO_POINT)
         )
     return qdata, scale, zero_point
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -32,11 +32,10 @@ from kernels.errors import ConfigError
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, Selection, select_linears
 from methods.linear import Layout, QuantizedLinear
-from methods.options import names, require_flags
+from methods.options import names, refuse_emulated, require_flags
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     load_engine,
-    refuse_emulated,
     round_tokens,
 )
 from methods.rtn import RTN

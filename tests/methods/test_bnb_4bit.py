@@ -224,7 +224,7 @@ def test_without_the_library_it_says_how_to_install_it(
         ({"compute_dtype": "int8"}, Machine(), "compute_dtype of nf4 is 'int8'; .* bfloat16"),
         ({"double_quantization": 1}, Machine(), "double_quantization of nf4 is 1; .* true or"),
         ({"keep": "a"}, Machine(), "method.keep is 'a'; it must be a list"),
-        ({}, Machine(compute_dtype="float16"), "runs there with 'float32' or 'bfloat16'"),
+        ({}, Machine(compute_dtype="float16"), "use 'float32' or 'bfloat16'"),
         ({"compute_dtype": "float16"}, Machine(), "'float16', which a CPU emulates"),
     ],
 )

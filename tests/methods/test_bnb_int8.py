@@ -200,7 +200,7 @@ def test_without_the_library_it_says_how_to_install_it(
         ({"threshold": "6"}, Machine(), "threshold of bnb_int8 is '6'"),
         ({"threshold": float("nan")}, Machine(), "threshold of bnb_int8 is nan"),
         ({"keep": "a"}, Machine(), "method.keep is 'a'; it must be a list"),
-        ({}, Machine(compute_dtype="float16"), "runs there with 'float32' or 'bfloat16'"),
+        ({}, Machine(compute_dtype="float16"), "use 'float32' or 'bfloat16'"),
     ],
 )
 def test_bad_options_are_one_sentence(

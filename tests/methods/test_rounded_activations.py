@@ -7,9 +7,9 @@ import torch
 
 from kernels.errors import ConfigError
 from methods.layers import Scope, select_linears
+from methods.options import refuse_emulated
 from methods.rounded_activations import (
     STACKED_EXPERTS,
-    refuse_emulated,
     round_tokens,
 )
 from tests.architectures import tiny
