@@ -47,6 +47,10 @@ from methods.options import require_flags
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).with_suffix("")
 GPTQ_BITS = (2, 3, 4, 8)
+MEMORY_APART = (
+    "the memory of quantizing is that of the process which asked; the archived library ran in "
+    "another"
+)
 COPIED_WEIGHTS = (
     "AutoAWQ's search was handed copies of the weights: on a CPU it keeps none, and the scales of "
     "its first trial would stay in them"
@@ -243,7 +247,7 @@ class AutoAWQ:
         child = Child(self.name, self.environment, "quantize_awq.py")
         _quantize(child, model, tokens, self.calibration.seed, options, matrices, into)
         bits = sum(self.stored_bits(matrix) for matrix in matrices)
-        return QuantizeReport(matrices, bits, left_out, [COPIED_WEIGHTS])
+        return QuantizeReport(matrices, bits, left_out, [COPIED_WEIGHTS, MEMORY_APART])
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the checkpoint with GPTQModel's kernels."""
@@ -335,7 +339,7 @@ class AutoGPTQ:
         child = Child(self.name, self.environment, "quantize_gptq.py")
         _quantize(child, model, tokens, self.calibration.seed, options, matrices, into)
         bits = sum(self.stored_bits(matrix) for matrix in matrices)
-        return QuantizeReport(matrices, bits, left_out)
+        return QuantizeReport(matrices, bits, left_out, [MEMORY_APART])
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the checkpoint with GPTQModel's kernels."""

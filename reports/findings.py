@@ -243,9 +243,9 @@ def _told_apart(group: Group) -> list[Finding]:
         Finding(
             f"Methods by perplexity at {found.title}",
             said(found),
-            f"Mean loss ({protocol}) of the same {found.windows} windows, paired; ≈: the bootstrap "
-            f"interval of the difference holds 0 ({100 * LEVEL:g} % over all pairs of this table, "
-            "Bonferroni), so neither is ranked above the other.",
+            f"Mean loss ({protocol}) of the same {found.windows} windows, paired. Methods in "
+            "braces cannot be told apart and are not ranked: the bootstrap interval of their "
+            f"difference holds 0 ({100 * LEVEL:g} % over all pairs of this table, Bonferroni).",
         )
         for found in compare(group)
     ]

@@ -65,6 +65,7 @@ class Section:
     failed: tuple[Row, ...]
     figures: tuple[FigureSpec, ...]
     findings: tuple[Finding, ...]
+    rules: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     details: tuple[Detail, ...]
     prompts: tuple[Prompt, ...]
@@ -135,13 +136,15 @@ def _section(group: Group, taken: set[str]) -> Section:
     known = {name for _, families, _ in DETAILS for name in families}
     found = {family(value) for row in group.rows for value in row.values.values()}
     details.append(Detail("Other figures", detail_table(group, found - known)))
+    answers = tuple(findings(group))
     return Section(
         group=group,
         slug=slug,
         table=summary_table(group),
         failed=tuple(row for row in group.rows if not row.measured),
         figures=tuple(figures),
-        findings=tuple(findings(group)),
+        findings=answers,
+        rules=tuple(rules(answers)),
         warnings=tuple(warnings(group)),
         details=tuple(detail for detail in details if detail.table.columns),
         prompts=tuple(sections.prompts(group)),
@@ -152,6 +155,14 @@ def _section(group: Group, taken: set[str]) -> Section:
         calibrations=tuple(sections.calibrations(group)),
         models=tuple(sections.models(group)),
     )
+
+
+def rules(found: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Return (questions, rule) of `found`, each rule once."""
+    questions: dict[str, list[str]] = {}
+    for finding in found:
+        questions.setdefault(finding.rule, []).append(finding.question)
+    return [("; ".join(asked), rule) for rule, asked in questions.items()]
 
 
 def main_kernel(row: Row) -> str:

@@ -102,25 +102,43 @@ def _difference(
 
 
 def said(comparison: Comparison) -> str:
-    """Return the rows by perplexity: `<` between neighbours told apart, `≈` between the others."""
-    short = {row.label: _short(row) for row in comparison.rows}
-    apart = {
-        (short[found.first.label], short[found.second.label])
+    """Return the rows from low to high perplexity, those that cannot be told apart in braces.
+
+    Braces that overlap stand beside each other; `<` stands where every pair across is told apart.
+    """
+    labels = [_short(row) for row in comparison.rows]
+    places = {row.label: place for place, row in enumerate(comparison.rows)}
+    alike = {
+        (places[found.first.label], places[found.second.label])
         for found in comparison.differences
-        if found.told_apart
+        if not found.told_apart
     }
-    labels = list(short.values())
-    if not apart:
+    runs = _runs(len(labels), alike)
+    if len(runs) == 1:
         return f"{words.listed(labels)} cannot be told apart"
-    text, run = labels[0], [labels[0]]
-    inside: list[str] = []
-    for before, label in pairwise(labels):
-        alike = (before, label) not in apart
-        text += f" {'≈' if alike else '<'} {label}"
-        run = run if alike else []
-        inside += [f"{one} below {label}" for one in run if (one, label) in apart]
-        run.append(label)
-    return text + (f" ({'; '.join(inside)})" if inside else "")
+    text = _braced(labels, runs[0])
+    for before, run in pairwise(runs):
+        text += (", " if run.start < before.stop else " < ") + _braced(labels, run)
+    shown = {pair for run in runs for pair in combinations(run, 2)}
+    rest = [f"{labels[i]} and {labels[j]}" for i, j in sorted(alike - shown)]
+    return text + (f" (not told apart either: {'; '.join(rest)})" if rest else "")
+
+
+def _runs(count: int, alike: set[tuple[int, int]]) -> list[range]:
+    """Return the longest runs of neighbours in which every pair is among `alike`."""
+    runs: list[range] = []
+    for start in range(count):
+        stop = start + 1
+        while stop < count and all((i, stop) in alike for i in range(start, stop)):
+            stop += 1
+        if not runs or stop > runs[-1].stop:
+            runs.append(range(start, stop))
+    return runs
+
+
+def _braced(labels: Sequence[str], run: range) -> str:
+    names = ", ".join(labels[place] for place in run)
+    return f"{{{names}}}" if len(run) > 1 else names
 
 
 def _short(row: Row) -> str:

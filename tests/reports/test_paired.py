@@ -61,11 +61,28 @@ def test_what_differs_by_chance_is_not_ranked() -> None:
     assert said(comparison).endswith("cannot be told apart")
 
 
-def test_rows_between_are_alike_to_both_sides() -> None:
+def test_braces_overlap_where_a_row_is_alike_to_both_sides() -> None:
     text, chance = hard_text(), np.random.default_rng(3)
     noise = chance.normal(0, 0.03, WINDOWS)
     rows = [record("a", text), record("b", text + 0.012 + noise), record("c", text + 0.02)]
-    assert said(found(*rows)) == "a ≈ b ≈ c (a below c)"
+    assert said(found(*rows)) == "{a, b}, {b, c}"
+
+
+def test_groups_that_differ_and_pairs_across_a_group_are_said() -> None:
+    text, chance = hard_text(), np.random.default_rng(4)
+    same = [text, text + chance.normal(0, 0.01, WINDOWS)]
+    far = [text + 0.2, text + 0.2 + chance.normal(0, 0.01, WINDOWS)]
+    rows = [record(name, losses) for name, losses in zip("abcd", [*same, *far], strict=True)]
+    ordered = said(found(*rows))
+    assert ordered.count("<") == 1
+    assert {ordered.partition(" < ")[0], ordered.partition(" < ")[2]} <= {
+        *("{a, b}", "{b, a}", "{c, d}", "{d, c}"),
+    }
+    # b lies between, told apart from both; c is too uneven to be told from a.
+    uneven = text + 0.012 + chance.normal(0, 0.5, WINDOWS)
+    uneven += 0.012 - float((uneven - text).mean())
+    rows = [record("a", text), record("b", text + 0.01), record("c", uneven)]
+    assert said(found(*rows)) == "a < {b, c} (not told apart either: a and c)"
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
