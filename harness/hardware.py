@@ -77,6 +77,11 @@ class Hardware:
             raise ConfigError(
                 f"hardware.resident_bytes is {self.resident_bytes}; it must be 0 or more"
             )
+        if self.resident_bytes and self.offload is None:
+            raise ConfigError(
+                f"hardware.resident_bytes is {self.resident_bytes}, which says what stays on the "
+                "device where blocks are offloaded; with it set hardware.offload"
+            )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"hardware.device is {self.device!r}; it must be 'cpu' or 'cuda'")
         if self.compute_dtype not in COMPUTE_DTYPES:

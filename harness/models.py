@@ -8,6 +8,7 @@ never run: an architecture that transformers does not know is refused.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def _reference(value: str | None) -> LocalModel | HubModel | None:
     return HubModel("hub", id, revision or "main")
 
 
-class _FolderModel:
+class _FolderModel(ABC):
     """What the embedded and a local model share: everything is in a folder."""
 
     trust_remote_code: ClassVar[bool] = False
@@ -142,9 +143,9 @@ class _FolderModel:
         """Return the digest of config.json's content."""
         return {"kind": "architecture", "sha256": digest(self.architecture())}
 
+    @abstractmethod
     def folder(self) -> Path:
         """Return the folder."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,15 @@ from kernels.errors import ConfigError
 from methods import gptqmodel_engine
 from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.exported import (
-    Format,
     Original,
-    check_calibration,
     check_group_size,
     select_matrices,
-    stored_bits,
     take,
 )
+from methods.gptq_format import Format, stored_bits
 from methods.layers import check_finite, weight_of
 from methods.library import require
-from methods.options import names, require_flags
+from methods.options import names, need_calibration, require_flags
 
 BITS = (2, 3, 4, 8)
 BATCH = 8
@@ -119,7 +117,7 @@ class AutoRound:
     ) -> QuantizeReport:
         """Let AutoRound tune on `calibration`, int64 [samples, seq_len], and export."""
         require("auto_round", self.name)
-        tokens = check_calibration(self.name, calibration)
+        tokens = need_calibration(self.name, calibration)
         matrices, left_out = self.select(model)
         for matrix in matrices:
             check_finite(matrix.name, weight_of(model, matrix))

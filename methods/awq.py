@@ -24,6 +24,7 @@ from kernels.errors import ConfigError
 from methods import gptqmodel_engine
 from methods.base import Calibration, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
+from methods.gptq_format import stored_bits
 from methods.gptqmodel_quantize import (
     Log,
     Recipe,
@@ -90,9 +91,8 @@ class AWQ:
         )
 
     def stored_bits(self, matrix: Matrix) -> int:
-        """4 bits a weight; a zero point of 4 bits and a scale of 16 a group."""
-        groups = 1 if self.group_size == -1 else matrix.in_features // self.group_size
-        return matrix.out_features * (BITS * matrix.in_features + groups * (BITS + 16))
+        """Those of the AWQ format."""
+        return stored_bits(matrix, "awq", BITS, self.group_size)
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the matrices of the decoder blocks, and what is left out.

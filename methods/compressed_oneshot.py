@@ -28,7 +28,7 @@ from methods.compressed_engine import PATH_TOLERANCE, load, load_dequantized, qu
 from methods.compressed_layers import Activations, refuse_fallback
 from methods.layers import Scope, Selection, check_finite, select, weight_of
 from methods.library import check_covered, require
-from methods.options import names
+from methods.options import names, need_calibration
 
 DTYPES = ("float32", "bfloat16")
 
@@ -131,11 +131,8 @@ class CompressedMethod:
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
     ) -> QuantizeReport:
         """Quantize with llm-compressor; `calibration` is int64 [samples, seq_len] where needed."""
-        if self.needs_calibration and (calibration is None or calibration.numel() == 0):
-            raise ConfigError(
-                f"{self.name} needs calibration text and was given none; "
-                "set method.calibration.samples and seq_len to 1 or more"
-            )
+        if self.needs_calibration:
+            calibration = need_calibration(self.name, calibration)
         selection = select_linears(model, self.keep)
         for matrix in selection.matrices:
             check_finite(matrix.name, weight_of(model, matrix))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +23,9 @@ from methods import artefact as artefacts
 from methods import awq, gptq, gptqmodel_quantize
 from methods.artefact import checkpoint_dtype
 from methods.base import Matrix
-from methods.gptq_format import WORD
+from methods.gptq_format import WORD, Format
 from methods.layers import Scope, Selection, is_tied, select
 from methods.library import check_covered
-
-Format = Literal["gptq", "awq"]
 
 GROUP_SIZES: dict[Format, Sequence[int]] = {"gptq": gptq.GROUP_SIZES, "awq": awq.GROUP_SIZES}
 """Format -> the group sizes that GPTQModel runs."""
@@ -38,16 +36,6 @@ QWEIGHT = ".qweight"
 def check_group_size(owner: str, kind: Format, group_size: int) -> None:
     """Raise ConfigError where GPTQModel does not run `group_size` in format `kind`."""
     gptqmodel_quantize.check_group_size(owner, group_size, GROUP_SIZES[kind])
-
-
-def check_calibration(owner: str, calibration: Tensor | None) -> Tensor:
-    """Return `calibration`, int64 [samples, seq_len]; raise ConfigError where there is none."""
-    if calibration is None or calibration.numel() == 0:
-        raise ConfigError(
-            f"{owner} needs calibration text and was given none; set method.calibration.samples "
-            "and seq_len to 1 or more"
-        )
-    return calibration
 
 
 def select_matrices(
@@ -73,13 +61,6 @@ def select_matrices(
                 f"both widths in multiples of {WORD}: use method=rtn"
             )
     return gptqmodel_quantize.select_matrices(model, owner, keep, group_size, GROUP_SIZES[kind])
-
-
-def stored_bits(matrix: Matrix, kind: Format, bits: int, group_size: int) -> int:
-    """Return the bits of `matrix`: codes; a zero point and a scale a group; GPTQ: 32 an input."""
-    groups = 1 if group_size == -1 else matrix.in_features // group_size
-    stored = bits * matrix.weights + (bits + 16) * groups * matrix.out_features
-    return stored + (32 * matrix.in_features if kind == "gptq" else 0)
 
 
 @dataclass(frozen=True)

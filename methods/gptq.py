@@ -24,6 +24,7 @@ from kernels.errors import ConfigError
 from methods import gptqmodel_engine
 from methods.base import Calibration, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
+from methods.gptq_format import stored_bits
 from methods.gptqmodel_quantize import (
     Log,
     Recipe,
@@ -91,10 +92,8 @@ class GPTQ:
         )
 
     def stored_bits(self, matrix: Matrix) -> int:
-        """Codes, a zero point and 16 bits of scale a group, and 32 bits an input for its group."""
-        groups = 1 if self.group_size == -1 else matrix.in_features // self.group_size
-        a_row = self.bits * matrix.in_features + groups * (self.bits + 16)
-        return matrix.out_features * a_row + 32 * matrix.in_features
+        """Those of the GPTQ format."""
+        return stored_bits(matrix, "gptq", self.bits, self.group_size)
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the matrices of the decoder blocks, and what is left out.

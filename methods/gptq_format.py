@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from kernels.errors import ConfigError
 from methods.base import Matrix
+
+Format = Literal["gptq", "awq"]
 
 WORD = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -109,6 +111,13 @@ def _quantization_config(folder: Path) -> Mapping[str, Any]:
             apart: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
             return {"quant_method": "awq", **apart} if "w_bit" in apart else apart
     raise ConfigError(f"{folder} says nowhere how it is quantized (quantization_config)")
+
+
+def stored_bits(matrix: Matrix, kind: Format, bits: int, group_size: int) -> int:
+    """Return the bits of `matrix`: codes; a zero point and a scale a group; GPTQ: 32 an input."""
+    groups = 1 if group_size == -1 else matrix.in_features // group_size
+    stored = bits * matrix.weights + (bits + 16) * groups * matrix.out_features
+    return stored + (32 * matrix.in_features if kind == "gptq" else 0)
 
 
 def tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:

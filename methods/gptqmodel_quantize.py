@@ -28,6 +28,7 @@ from methods.gptq_format import matrices
 from methods.gptqmodel_engine import library
 from methods.layers import Scope, Selection, bias_of, check_finite, select, weight_of
 from methods.library import check_covered, drop_weights, write_checkpoint
+from methods.options import need_calibration
 
 WORD = 32
 """GPTQModel packs blocks of 32 inputs and 32 outputs; a width between would be cut silently."""
@@ -147,11 +148,7 @@ def _check_inputs(
     calibration: Tensor | None,
     selected: Sequence[Matrix],
 ) -> Tensor:
-    if calibration is None or calibration.numel() == 0:
-        raise ConfigError(
-            f"{owner} needs calibration text and was given none; "
-            "set method.calibration.samples and seq_len to 1 or more"
-        )
+    calibration = need_calibration(owner, calibration)
     if tokenizer is None:
         raise ConfigError(
             f"{owner} needs the model's tokenizer, without which GPTQModel loads no model"

@@ -45,7 +45,7 @@ from methods.observers import (
     named,
     observe_inputs,
 )
-from methods.options import names, require_flags
+from methods.options import names, need_calibration, require_flags
 
 KERNEL = "onednn::qlinear_pointwise, u8 x s8"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -222,11 +222,7 @@ class Int8Static:
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
     ) -> QuantizeReport:
         """Measure input ranges in float on `calibration`, int64 [samples, seq_len]; then store."""
-        if calibration is None or calibration.numel() == 0:
-            raise ConfigError(
-                "int8_static needs calibration text and was given none; "
-                "set method.calibration.samples and seq_len to 1 or more"
-            )
+        calibration = need_calibration("int8_static", calibration)
         matrices, left_out = self.select(model)
         notes = untie(model, self._scope)
         for matrix in matrices:

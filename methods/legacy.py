@@ -34,15 +34,14 @@ from methods import gptqmodel_engine
 from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.exported import (
     Original,
-    check_calibration,
     check_group_size,
     select_matrices,
-    stored_bits,
     take,
 )
+from methods.gptq_format import stored_bits
 from methods.layers import check_finite, weight_of
 from methods.library import write_checkpoint
-from methods.options import require_flags
+from methods.options import need_calibration, require_flags
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).with_suffix("")
@@ -237,7 +236,7 @@ class AutoAWQ:
             ConfigError: no environment, no calibration text, or a weight that is not finite.
             RuntimeError: the child failed; its last line says why.
         """
-        tokens = check_calibration(self.name, calibration)
+        tokens = need_calibration(self.name, calibration)
         matrices, left_out = self.select(model)
         options = {
             "group_size": self.group_size,
@@ -260,13 +259,15 @@ class AutoAWQ:
 
 @dataclass(frozen=True)
 class AutoGPTQ:
-    """AutoGPTQ 0.7.1: GPTQ; it quantizes on CUDA only.
+    """AutoGPTQ 0.7.1: GPTQ on grids around 0; it quantizes on CUDA only.
+
+    Its asymmetric checkpoints are not offered: it stores zero points less 1, which spoils those
+    beside a zero point of 0 (`methods.gptq_format`).
 
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale; -1: one group a row.
         calibration: the text it is shown; the paper has 128 samples of 2048 tokens of C4.
-        symmetric: grids around 0; false: ones that fit both ends of the range.
         act_order: quantize the inputs with large activations first (its `desc_act`).
         damping: share of the mean diagonal that is added to the Hessian's.
         environment: folder of the environment, relative to the project's root.
@@ -277,7 +278,6 @@ class AutoGPTQ:
     bits: int
     group_size: int
     calibration: Calibration
-    symmetric: bool = True
     act_order: bool = False
     damping: float = 0.01
     environment: str = ".venv-legacy"
@@ -287,7 +287,7 @@ class AutoGPTQ:
     path_tolerance: ClassVar[float] = gptqmodel_engine.PATH_TOLERANCE
 
     def __post_init__(self) -> None:
-        require_flags(self.name, {"symmetric": self.symmetric, "act_order": self.act_order})
+        require_flags(self.name, {"act_order": self.act_order})
         check_group_size(self.name, "gptq", self.group_size)
         if self.bits not in GPTQ_BITS:
             raise ConfigError(f"bits is {self.bits}; {self.name} has 2, 3, 4 and 8")
@@ -302,7 +302,7 @@ class AutoGPTQ:
                 "method=gptq, its successor GPTQModel"
             )
         gptqmodel_engine.check(
-            self.name, hardware, self.backend, self.bits, self.group_size, self.symmetric
+            self.name, hardware, self.backend, self.bits, self.group_size, symmetric=True
         )
 
     def stored_bits(self, matrix: Matrix) -> int:
@@ -327,12 +327,11 @@ class AutoGPTQ:
             ConfigError: no environment, no calibration text, or a weight that is not finite.
             RuntimeError: the child failed; its last line says why.
         """
-        tokens = check_calibration(self.name, calibration)
+        tokens = need_calibration(self.name, calibration)
         matrices, left_out = self.select(model)
         options = {
             "bits": self.bits,
             "group_size": self.group_size,
-            "symmetric": self.symmetric,
             "act_order": self.act_order,
             "damping": self.damping,
         }

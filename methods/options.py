@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from kernels.errors import ConfigError
 from methods.base import Hardware
 
@@ -29,3 +31,13 @@ def refuse_emulated(hardware: Hardware) -> None:
             "hardware.compute_dtype is 'float16' on a CPU, where it is emulated; "
             "use 'float32' or 'bfloat16'"
         )
+
+
+def need_calibration(owner: str, calibration: Tensor | None) -> Tensor:
+    """Return `calibration`, int64 [samples, seq_len]; raise ConfigError where there is none."""
+    if calibration is None or calibration.numel() == 0:
+        raise ConfigError(
+            f"{owner} needs calibration text and was given none; "
+            "set method.calibration.samples and seq_len to 1 or more"
+        )
+    return calibration

@@ -39,7 +39,7 @@ from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.linear import Layout
 from methods.observers import named, observe_inputs
-from methods.options import names, refuse_emulated
+from methods.options import names, need_calibration, refuse_emulated
 from methods.rounded_activations import (
     STACKED_EXPERTS,
     load_engine,
@@ -122,11 +122,7 @@ class RPTQ:
         Raises:
             ConfigError: there is no calibration text, or a weight or activation is not finite.
         """
-        if calibration is None or calibration.numel() == 0:
-            raise ConfigError(
-                "rptq needs calibration text and was given none; "
-                "set method.calibration.samples and seq_len to 1 or more"
-            )
+        calibration = need_calibration("rptq", calibration)
         matrices, left_out = self.select(model)
         for matrix in matrices:
             check_finite(matrix.name, weight_of(model, matrix))

@@ -16,7 +16,7 @@ def main() -> None:
         group_size=options["group_size"],
         damp_percent=options["damping"],
         desc_act=options["act_order"],
-        sym=options["symmetric"],
+        sym=True,
     )
     model = AutoGPTQForCausalLM.from_pretrained(
         job["checkpoint"], config, torch_dtype=torch.float16

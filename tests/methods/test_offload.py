@@ -55,3 +55,5 @@ def test_a_place_that_cannot_be_is_refused() -> None:
         Hardware("cpu", "cpu", offload="cpu")
     with pytest.raises(ConfigError, match="resident_bytes is -1"):
         Hardware("cpu", "cpu", offload="disk", resident_bytes=-1)
+    with pytest.raises(ConfigError, match=r"resident_bytes is 8, .* set hardware\.offload"):
+        Hardware("cpu", "cpu", resident_bytes=8)
