@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from harness.record import Failure, Record
 from reports import sections, words
+from reports.engines import EngineTable, engine_tables, engine_warnings
 from reports.findings import Finding, Plane, findings, plane, warnings
 from reports.rows import Group, Row, family, kernels, make_groups, make_rows
 from reports.sections import Coverage, KernelLine, Machine, Prompt, Said
@@ -28,12 +29,14 @@ COST_FIRST = (
     *("artefact_bytes", "quantized_bytes", "head_bytes", "embedding_bytes", "other_bytes"),
     *("bits_per_weight", "computed_bytes", "computed_bits_per_weight", "peak_memory_bytes"),
     *("kv_cache_bytes", "quantize_seconds", "quantize_peak_bytes", "load_seconds"),
+    "first_logits_seconds",
 )
 
 DETAILS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
     ("Tasks", {"tasks"}, ()),
     ("Quality", {"perplexity", "divergence", "generation"}, QUALITY_FIRST),
     ("Speed", {"speed"}, SPEED_FIRST),
+    ("Serving", {"serving"}, ()),
     ("Size, memory and preparation", {"size", "memory", "quantize", "load"}, COST_FIRST),
 )
 """Tables below the summary: title, families of figures, and which metrics stand first."""
@@ -67,6 +70,7 @@ class Section:
     findings: tuple[Finding, ...]
     rules: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    engines: tuple[EngineTable, ...]
     details: tuple[Detail, ...]
     prompts: tuple[Prompt, ...]
     kernels: tuple[KernelLine, ...]
@@ -146,6 +150,7 @@ def _section(group: Group, taken: set[str]) -> Section:
         findings=answers,
         rules=tuple(rules(answers)),
         warnings=tuple(warnings(group)),
+        engines=tuple(engine_tables(group)),
         details=tuple(detail for detail in details if detail.table.columns),
         prompts=tuple(sections.prompts(group)),
         kernels=tuple(sections.kernel_lines(group)),
@@ -207,7 +212,7 @@ def _distinct(names: Iterable[str]) -> str:
 
 
 def _banners(groups: Sequence[Group], machines: Sequence[Machine]) -> list[str]:
-    banners = []
+    banners = [sentence for group in groups for sentence in engine_warnings(group)]
     if any(sections.is_embedded(group) for group in groups):
         banners.append(
             "The model named embedded is the project's embedded demonstration model: a few million "

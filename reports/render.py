@@ -20,11 +20,20 @@ from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
 from reports import plots, table, words
+from reports.engines import KL_TOLERANCE, PERPLEXITY_TOLERANCE
 from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
 
 FOLDER = "report"
 FIGURE_PREFIX = "perplexity-"
+
+
+ENGINES_LEGEND = (
+    "Nothing was quantized in these rows: each engine runs the same weights. Behind a perplexity "
+    "stands its difference from the first row's. A row differs where its perplexity is more than "
+    f"{100 * PERPLEXITY_TOLERANCE:g} % away or its mean KL above {KL_TOLERANCE:g} nats; engines "
+    "round activations in their own ways, so small differences remain."
+)
 
 
 class ReportError(ValueError):
@@ -135,11 +144,12 @@ def _environment(**options: Any) -> Environment:
     environment.filters["main_kernel"] = main_kernel
     environment.filters["caption"] = plots.caption
     environment.filters["alternative"] = plots.alternative
+    environment.filters["title_of"] = words.title
     return environment
 
 
 def _context(page: Page) -> dict[str, Any]:
-    return {"page": page, "reading": words.READING}
+    return {"page": page, "reading": words.READING, "engines_legend": ENGINES_LEGEND}
 
 
 def _breakable(text: object) -> Markup:

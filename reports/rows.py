@@ -26,13 +26,13 @@ FAMILY_OF_METRIC = {
     ),
     **dict.fromkeys(("other_bytes", "computed_bytes", "computed_bits_per_weight"), "size"),
     **dict.fromkeys(("quantize_seconds", "quantize_peak_bytes"), "quantize"),
-    "load_seconds": "load",
+    **dict.fromkeys(("load_seconds", "first_logits_seconds"), "load"),
     **dict.fromkeys(("peak_memory_bytes", "kv_cache_bytes"), "memory"),
     "perplexity": "perplexity",
 }
 """Families of metrics that the harness measures itself; else a value's measure is its family."""
 
-DEPLOYMENT = frozenset({"size", "memory", "speed", "load"})
+DEPLOYMENT = frozenset({"size", "memory", "speed", "load", "serving"})
 """What a simulated row cannot know: nothing was stored or run in the method's own format."""
 
 QUALITY = frozenset({"perplexity", "divergence", "generation", "tasks"})

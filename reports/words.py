@@ -44,6 +44,9 @@ _TITLES = {
     "quantize_seconds": "Quantize",
     "quantize_peak_bytes": "Quantize, peak memory",
     "load_seconds": "Load",
+    "first_logits_seconds": "Load to first logits",
+    "failed_requests": "Failed requests",
+    "serving_tokens_per_second": "All clients together",
     "perplexity": "Perplexity",
     "kl_mean": "KL, mean",
     "kl_median": "KL, median",
@@ -313,6 +316,21 @@ _PROTOCOLS: tuple[tuple[str, str], ...] = (
         "Bytes of the keys and values kept for {n} tokens of {m} sequence(s).",
     ),
     (r"computed", "Arithmetic from the shapes of the architecture; nothing was stored or run."),
+    (
+        r"again_no_mmap",
+        "The same, loaded again with the file read into memory; it was in the page cache.",
+    ),
+    (
+        r"again_mmap",
+        "The same, loaded again with the file mapped into memory, where a weight is read when it "
+        "is first used; the file was in the page cache.",
+    ),
+    (r"again", "The same, loaded again: the files were in the page cache."),
+    (
+        r"prompt(?P<n>\d+)_new(?P<length>\d+)_concurrency(?P<m>\d+)",
+        "Serving: {m} request(s) at once, each a prompt of {n} tokens of its own and {length} new "
+        "tokens, streamed; times as a client sees them.",
+    ),
     (r"artefact", "Seconds from the files on disk to an engine that is ready to run."),
     (r"quantize", "Seconds of the quantizing call alone, the loaded model given."),
 )
