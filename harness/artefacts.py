@@ -16,7 +16,7 @@ from typing import Any
 from harness.record import digest
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 BLOCK_BYTES = 1 << 20
 
 
@@ -38,6 +38,7 @@ class Manifest:
         quantize_peak_bytes: most memory the child took beyond what it started with.
         model: facts of the unquantized model (parameters, architecture, tied embeddings).
         calibration: what was calibrated on; None without calibration.
+        unquantized: the floating type of all weights where nothing was quantized, else None.
     """
 
     files: dict[str, dict[str, Any]]
@@ -52,6 +53,7 @@ class Manifest:
     quantize_peak_bytes: int
     model: dict[str, Any]
     calibration: dict[str, Any] | None
+    unquantized: str | None
     format: int = FORMAT
 
 

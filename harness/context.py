@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -36,6 +36,7 @@ class Context:
         baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
         dequantized: loads the artefact with every matrix dequantized at each call, and the
             tolerance its logits must keep to; None for a method with one path only.
+        loaders: way -> what loads the artefact once more in that way; the only one is named "".
         details: what is not a number goes here, under the measure's name, and into the record.
     """
 
@@ -50,6 +51,7 @@ class Context:
     has_reference: bool = True
     baseline: Callable[[], Engine] | None = None
     dequantized: Callable[[], tuple[Engine, float]] | None = None
+    loaders: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, kind: str, key: Any) -> dict[str, Any]:

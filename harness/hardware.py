@@ -28,9 +28,14 @@ REPORTED_PACKAGES = (
     "auto_round",
     "bitsandbytes",
     "compressed_tensors",
+    "gguf",
     "gptqmodel",
     "hqq",
+    "llama_cpp_python",
     "llmcompressor",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "torchao",
     "quantbench",
 )
@@ -49,6 +54,7 @@ class Hardware:
             None is 90 % of what is free when the cell starts.
         time_limit_seconds: longest a child of the cell may run.
         environment: variables set in the cell's processes.
+        gpu_layers: decoder blocks that llama.cpp puts on the card, with device `cuda`; None: all.
         allow_fallback: whether a matrix whose kernel refuses may be dequantized at each call.
         offload: keep decoder blocks in main memory (`cpu`, with device `cuda`) or on `disk` and
             bring them to the device for each call; None: the whole model is on the device.
@@ -59,6 +65,7 @@ class Hardware:
     device: str
     compute_dtype: str = "float32"
     threads: int | None = None
+    gpu_layers: int | None = None
     memory_limit_bytes: int | None = None
     time_limit_seconds: float = 3600.0
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +98,11 @@ class Hardware:
             )
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"hardware.threads is {self.threads}; it must be 1 or more, or null")
+        if self.gpu_layers is not None and (self.gpu_layers < 0 or self.device == "cpu"):
+            raise ConfigError(
+                f"hardware.gpu_layers is {self.gpu_layers} with device {self.device}; it must be 0 "
+                "or more with device cuda, or null"
+            )
         if self.time_limit_seconds <= 0:
             raise ConfigError("hardware.time_limit_seconds must be above 0")
         if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:

@@ -13,7 +13,7 @@ import ast
 import hashlib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -56,11 +56,18 @@ def library_versions(*modules: str) -> dict[str, str]:
 
 @cache
 def _version(name: str) -> str | None:
-    """Return the version of the distribution that is named like module `name`, if there is one."""
+    """Return the version of the distribution that brings module `name`, if there is one."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None
+        found = _distributions().get(name)
+        return metadata.version(found[0]) if found else None
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Return top-level module -> names of the distributions that bring it (llama_cpp, yaml)."""
+    return metadata.packages_distributions()
 
 
 def _sources(modules: Iterable[str]) -> set[Path]:

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from harness.folders import TOKENIZER_MODELS, read_config, weight_files
 from harness.models import ModelSource, ShapeModel
 from kernels.errors import ConfigError
-from methods.layers import check_finite, is_tied
+from methods.layers import check_finite, end_names, is_tied
 
 STORED_DTYPES = {
     "F64": torch.float32,  # transformers has no models in float64
@@ -136,6 +136,7 @@ def model_facts(model: Any) -> dict[str, Any]:
         "stored_dtype": str(model.config.dtype).removeprefix("torch."),
         "context_length": getattr(model.config, "max_position_embeddings", None),
         "vocab_size": model.config.vocab_size,
+        "ends": end_names(model),
     }
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from harness.load import load_tokenizer
 from harness.memory import peak_bytes
 from harness.record import Failure, Record, Status, Value, write_record
 from kernels.errors import ConfigError
-from methods.base import Engine, KernelUse, Method, TwoPathMethod
+from methods.base import Engine, KernelUse, LoadingMethod, Method, TwoPathMethod
 
 EXECUTIONS = ("packed", "dequantized", "simulated")
 
@@ -84,14 +86,18 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     start = time.perf_counter()
     engine = method.load(Path(job["artefact"]), hardware)
     _synchronize(hardware)
-    progress.values.append(
-        Value("load", "load_seconds", "artefact", time.perf_counter() - start, "s", False)
-    )
+    in_process = "memory" in engine.capabilities
+    if in_process:
+        seconds = time.perf_counter() - start
+        progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
+    progress.details["runtime"] = engine.runtime
     _describe_kernels(progress, engine.kernels())
     memory = PeakMemory(job["resident_at_start"], hardware)
     context = _context(job, hardware, progress, memory)
+    artefact = Path(job["artefact"])
+    context.loaders = _loaders(method, artefact, hardware)
     if isinstance(method, TwoPathMethod):
-        artefact, loader, tolerance = Path(job["artefact"]), method, method.path_tolerance
+        loader, tolerance = method, method.path_tolerance
         context.dequantized = lambda: (loader.load_dequantized(artefact, hardware), tolerance)
     decisive = {name for name, one in measures.items() if getattr(one, "decisive", False)}
     for name, measure in measures.items():
@@ -99,10 +105,17 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         if getattr(measure, "adds_memory", False):
             memory.values()
         _run_one(name, measure, engine, context, progress, stage)
-    progress.values += memory.values()
+    progress.values += memory.values() if in_process else []
     engine.close()
     broken = any(error.stage in decisive for error in progress.errors)
     progress.write("failed" if broken else "partial" if progress.errors else "ok")
+
+
+def _loaders(method: Method, artefact: Path, hardware: Hardware) -> dict[str, Callable[[], Engine]]:
+    """Return way -> what loads the artefact so."""
+    if isinstance(method, LoadingMethod):
+        return {way: partial(method.load_as, way, artefact, hardware) for way in method.loadings}
+    return {"": partial(method.load, artefact, hardware)}
 
 
 def _run_one(
@@ -125,7 +138,8 @@ def _run_one(
     missing = measure.needs - engine.capabilities
     if missing:
         wanted = ", ".join(sorted(missing))
-        progress.errors.append(Failure(name, "capability", f"the engine cannot give {wanted}"))
+        said = f"{name} not measured: the engine ({engine.runtime}) cannot give {wanted}"
+        progress.details["notes"].append(said)
         return
     stage(name)
     try:
@@ -202,6 +216,7 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
         "left_out": manifest.left_out,
     }
     progress.details["model"] = {**manifest.model, **progress.job["model_identity"]}
+    progress.details["unquantized"] = manifest.unquantized
     progress.details["calibration"] = manifest.calibration
     if manifest.calibration is not None:
         said = instantiate(progress.job["config"]["data"]).contamination()

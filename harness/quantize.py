@@ -50,6 +50,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
             quantize_peak_bytes=peak_bytes() - job["resident_at_start"],
             model=made.facts,
             calibration=made.shown,
+            unquantized=report.unquantized,
         )
         publish(temporary, artefact, manifest)
     finally:

@@ -64,6 +64,8 @@ class QuantizeReport:
         left_out: (name, number of weights, why) of every other parameter.
         notes: sentences a reader of the row must know.
         bits, group_size: as the artefact has them, where only it can tell; else the method's.
+        unquantized: the floating type that all weights are stored in as they were (`float16`);
+            None where anything was quantized. Rows of one type on several engines are compared.
     """
 
     quantized: Sequence[Matrix]
@@ -72,6 +74,7 @@ class QuantizeReport:
     notes: Sequence[str] = ()
     bits: float | None = None
     group_size: int | None = None
+    unquantized: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ class Hardware(Protocol):
         ...
 
     @property
+    def usable_threads(self) -> int:
+        """CPU threads that an engine with threads of its own may use."""
+        ...
+
+    @property
+    def gpu_layers(self) -> int | None:
+        """Decoder blocks that an engine which can split a model puts on the card; None: all."""
+        ...
+
+    @property
     def allow_fallback(self) -> bool:
         """Whether a matrix without a kernel of its own may be dequantized at each call."""
         ...
@@ -124,7 +137,18 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Subset of `logits`, `cache`, `generate`, `logprobs`: a measure asks before it runs."""
+        """What the engine can give; a measure asks before it runs.
+
+        `logits`: prefill and decode; `cache`: prefill continues a cache; `generate`, `logprobs`:
+        texts and log-probabilities of given tokens (`Scoring`); `memory`: the model is in this
+        process, so that the process's memory and loading time are the model's; `serve`: requests
+        from several clients at once (`Serving`).
+        """
+        ...
+
+    @property
+    def runtime(self) -> str:
+        """What executes the model: `pytorch`, `llama.cpp`, `onnxruntime`, `server`."""
         ...
 
     @property
@@ -155,6 +179,38 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """An engine that scores given tokens without showing its logits (a server)."""
+
+    def token_log_likelihoods(self, input_ids: Tensor) -> Tensor:
+        """Return log p(token | those before it), nats, float32 [B, T - 1], of int64 [B, T]."""
+        ...
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """An engine whose artefact is no safetensors file and that says what it stores."""
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Return bytes of each stored tensor, from the file's header, no weight read.
+
+        Named like the parameters of the Hugging Face model, so that what is stored for a matrix
+        are all tensors whose names begin with the matrix's.
+        """
+        ...
+
+
+@runtime_checkable
+class SizedCache(Protocol):
+    """A cache of an engine that is no PyTorch module and still says what it holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of the tokens read so far."""
         ...
 
 
@@ -217,6 +273,17 @@ class AdoptingMethod(Protocol):
 
     def adopt(self, checkpoint: Path, model: nn.Module, into: Path) -> QuantizeReport:
         """Make an artefact in `into` of the folder `checkpoint`; `model` is its shape, on meta."""
+        ...
+
+
+@runtime_checkable
+class LoadingMethod(Protocol):
+    """A method whose artefact can be loaded in several ways (mapped into memory, read)."""
+
+    loadings: ClassVar[tuple[str, ...]]
+
+    def load_as(self, way: str, artefact: Path, hardware: Hardware) -> Engine:
+        """Load the artefact in the way `way`, one of `loadings`."""
         ...
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from methods.base import Cache, KernelUse
 
-CAPABILITIES = frozenset({"logits", "cache", "generate", "logprobs"})
+CAPABILITIES = frozenset({"logits", "cache", "generate", "logprobs", "memory"})
 
 
 class TorchEngine:
@@ -27,8 +27,13 @@ class TorchEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Everything: logits, a cache, generation, log-probabilities."""
+        """Everything but serving: logits, a cache, generation, log-probabilities, memory."""
         return CAPABILITIES
+
+    @property
+    def runtime(self) -> str:
+        """PyTorch."""
+        return "pytorch"
 
     @property
     def vocab_size(self) -> int:

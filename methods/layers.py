@@ -96,6 +96,11 @@ def _end_matrices(model: Any) -> dict[Role, Matrix]:
     return found
 
 
+def end_names(model: Any) -> dict[str, str]:
+    """Return {"embedding": module name, "head": module name} of what the model has of them."""
+    return {role: matrix.name for role, matrix in _end_matrices(model).items()}
+
+
 def is_tied(model: Any) -> bool:
     """Whether head and embedding are one and the same parameter."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -24,16 +24,17 @@ from methods.base import Execution, KernelUse, Matrix
 from methods.layers import bias_of, replace, weight_of
 
 
-def require(package: str, owner: str) -> None:
+def require(package: str, owner: str, distribution: str | None = None) -> None:
     """Raise ConfigError with the command that installs `package` where it cannot be imported.
 
-    `package` is the name of distribution and module alike. Called when a cell is about to use it,
-    so that a missing optional library costs its own cells only.
+    `package` is the module's name, `distribution` what pip calls it where that is another. Called
+    when a cell is about to use it, so that a missing optional library costs its own cells only.
     """
     if find_spec(package) is None:
+        wanted = distribution or package
         raise ConfigError(
-            f"{owner} needs the package {package}, which is not installed here; install it: "
-            f"python -m pip install --constraint constraints.txt {package}"
+            f"{owner} needs the package {wanted}, which is not installed here; install it: "
+            f"python -m pip install --constraint constraints.txt {wanted}"
         )
 
 

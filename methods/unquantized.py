@@ -111,7 +111,7 @@ class Unquantized:
                 )
         artefacts.save(model, into, {}, DTYPES[self.dtype])
         stored = sum(self.stored_bits(matrix) for matrix in matrices)
-        return QuantizeReport(matrices, stored, left_out)
+        return QuantizeReport(matrices, stored, left_out, unquantized=self.dtype)
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load for `hardware`; FP16 on a CPU stays FP16 in memory and is computed in FP32."""

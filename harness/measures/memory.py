@@ -19,7 +19,7 @@ from harness.hardware import Hardware
 from harness.measures.execution import is_simulated
 from harness.record import Value
 from kernels.errors import ConfigError
-from methods.base import Engine
+from methods.base import Engine, SizedCache
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Memory:
 
 
 def kept_bytes(cache: Any) -> int | None:
-    """Return the bytes of the tensors of a transformers cache; None for a cache of another kind."""
+    """Return the bytes of the keys and values in `cache`; None for one that does not say."""
+    if isinstance(cache, SizedCache):
+        return cache.nbytes
     if not isinstance(cache, DynamicCache):
         return None
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

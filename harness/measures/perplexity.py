@@ -26,7 +26,7 @@ from harness.measures.windows import (
 )
 from harness.record import Value
 from kernels.errors import ConfigError
-from methods.base import Engine
+from methods.base import Engine, Scoring
 
 PROTOCOLS = {"gptq": gptq_windows, "llamacpp": llamacpp_windows}
 
@@ -49,7 +49,7 @@ class Perplexity:
     batch_size: int = 1
 
     quality: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logprobs"})
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -100,6 +100,8 @@ def token_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
     `ids` is int64 [B, T]; the predictions made at positions `first` to T - 2 count. The result is
     float32 [B, T - 1 - first] on the CPU, in nats.
     """
+    if isinstance(engine, Scoring):
+        return -engine.token_log_likelihoods(ids)[:, first:]
     batch, length = ids.shape
     losses = torch.empty(batch, length - 1 - first)
     for start, logits in logit_pieces(engine, ids, first):

@@ -3,7 +3,7 @@
 `artefact_bytes` counts what running the model needs: every file of the artefact except the
 tokenizer's, which no method changes, and the manifest, which is this project's own bookkeeping.
 `bits_per_weight` counts every stored bit of the quantized matrices (scales, zero points, indices
-and padding included, biases not) over their weights, read from the headers of the safetensors files
+and padding included, biases not) over their weights, read from the headers of the files
 and checked against what the method said it stored.
 
 Head and embedding are listed apart, quantized or not, so the four parts add up to the artefact:
@@ -23,8 +23,7 @@ from harness.context import Context
 from harness.measures.execution import is_simulated
 from harness.record import Value
 from methods.artefact import LAYERS
-from methods.base import Engine
-from methods.engine import TorchEngine
+from methods.base import Engine, Storing
 
 TOKENIZER_FILES = frozenset(
     {
@@ -40,6 +39,8 @@ TOKENIZER_FILES = frozenset(
         "vocab.txt",
     }
 )
+
+
 LENGTH_BYTES = 8
 
 
@@ -55,7 +56,7 @@ class Size:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, engine: Engine, context: Context) -> list[Value]:
-        """Return the sizes; none where the weights are only rounded and stored as floats.
+        """Return the sizes; none where weights are only rounded and stored as floats, or elsewhere.
 
         Raises:
             SizeMismatchError: bits on disk and bits in the manifest differ.
@@ -63,13 +64,15 @@ class Size:
         if is_simulated(engine):
             return []
         manifest = read_manifest(context.artefact)
+        if not manifest.matrices:
+            return []  # a server's: nothing of the model is here
         total = sum(path.stat().st_size for path in model_files(context.artefact))
         values = {"artefact_bytes": float(total)}
         stored_bits = manifest.stored_bits
-        tensors = tensor_bytes(context.artefact)
+        tensors = tensor_bytes(engine, context.artefact)
         if tensors:
             stored_bits = _matching_bits(context.artefact, manifest, tensors)
-            values |= _parts(engine, context, manifest, tensors, total)
+            values |= _parts(context, manifest, tensors, total)
         weights = weights_of(manifest.matrices)
         values["bits_per_weight"] = stored_bits / weights
         return [
@@ -91,8 +94,13 @@ def model_files(artefact: Path) -> list[Path]:
     ]
 
 
-def tensor_bytes(artefact: Path) -> dict[str, int]:
-    """Return tensor name -> bytes from the headers of the artefact's safetensors files."""
+def tensor_bytes(engine: Engine, artefact: Path) -> dict[str, int]:
+    """Return tensor name -> bytes, from the headers of the artefact's files.
+
+    The engine says it for a format of its own; else the safetensors files do. Empty where neither.
+    """
+    if isinstance(engine, Storing):
+        return engine.stored_bytes()
     sizes: dict[str, int] = {}
     for path in sorted(artefact.glob("*.safetensors")):
         for name, facts in _header(path).items():
@@ -145,21 +153,11 @@ def _matching_bits(artefact: Path, manifest: Manifest, tensors: dict[str, int]) 
     return on_disk
 
 
-def end_names(engine: Engine) -> dict[str, str]:
-    """Return {"head": module name, "embedding": module name}, as far as the engine shows them."""
-    if not isinstance(engine, TorchEngine):
-        return {}
-    model = engine.model
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = {"head": model.get_output_embeddings(), "embedding": model.get_input_embeddings()}
-    return {role: names[id(module)] for role, module in ends.items() if module is not None}
-
-
 def _parts(
-    engine: Engine, context: Context, manifest: Manifest, tensors: dict[str, int], total: int
+    context: Context, manifest: Manifest, tensors: dict[str, int], total: int
 ) -> dict[str, float]:
     tied = tied_tensors(context.artefact)
-    ends = end_names(engine)
+    ends: dict[str, str] = manifest.model.get("ends", {})
     blocks = [m["name"] for m in manifest.matrices if m["name"] not in ends.values()]
     parts = {"quantized_bytes": sum(bytes_of_matrix(name, tensors, tied) for name in blocks)}
     # A tied matrix is stored once, under one of the two names, and counted there.
@@ -178,11 +176,12 @@ def bytes_read_per_token(engine: Engine, artefact: Path) -> int | None:
     stack of experts the share that a token is sent to. None where that cannot be told.
     """
     manifest = read_manifest(artefact)
-    tensors, tied = tensor_bytes(artefact), tied_tensors(artefact)
+    tensors, tied = tensor_bytes(engine, artefact), tied_tensors(artefact)
     if not tensors:
         return None
     total = sum(tensors.values())
-    own = {role: bytes_of_matrix(n, tensors, {}) for role, n in end_names(engine).items()}
+    ends: dict[str, str] = manifest.model.get("ends", {})
+    own = {role: bytes_of_matrix(n, tensors, {}) for role, n in ends.items()}
     if own.get("head"):
         total -= own["embedding"]
     stacks = [m for m in manifest.matrices if m["count"] > 1]

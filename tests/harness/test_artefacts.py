@@ -27,6 +27,7 @@ def make(folder: Path) -> Path:
         quantize_peak_bytes=7,
         model={},
         calibration=None,
+        unquantized=None,
     )
     publish(temporary, folder / "artefact", manifest)
     return folder / "artefact"

@@ -109,6 +109,11 @@ def test_the_reference_is_shared_by_all_methods_of_a_suite() -> None:
     assert identity.reference_key("m", CONFIG, "t") != identity.reference_key("m", other, "t")
 
 
+def test_a_module_counts_by_the_distribution_that_brings_it() -> None:
+    assert identity._version("yaml") == metadata.version("PyYAML")
+    assert identity._version("no_such_module") is None
+
+
 def test_libraries_count_where_they_are_imported() -> None:
     own = identity.library_versions("methods.rtn")
     assert own["torch"] == metadata.version("torch")

@@ -284,6 +284,7 @@ def test_facts_of_a_model() -> None:
         "stored_dtype": "float16",
         "context_length": 64,
         "vocab_size": 320,
+        "ends": {"embedding": "model.embed_tokens", "head": "lm_head"},
     }
 
 

@@ -12,5 +12,7 @@ class Machine:
     device: str = "cpu"
     compute_dtype: str = "float32"
     allow_fallback: bool = True
+    usable_threads: int = 1
+    gpu_layers: int | None = None
     offload: str | None = None
     resident_bytes: int = 0

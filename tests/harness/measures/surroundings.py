@@ -14,6 +14,7 @@ from harness.cache import Cache
 from harness.context import Context
 from harness.data import Texts, Tokens
 from harness.hardware import Hardware
+from harness.load import model_facts
 from harness.record import Value
 from methods.base import KernelUse
 from methods.engine import TorchEngine
@@ -67,7 +68,8 @@ def by_metric(values: list[Value]) -> dict[str, Value]:
 class BigramEngine:
     """Logits that depend on the last token alone: row `token` of a table [V, V]."""
 
-    capabilities = frozenset({"logits", "cache", "generate", "logprobs"})
+    capabilities = frozenset({"logits", "cache", "generate", "logprobs", "memory"})
+    runtime = "table"
 
     def __init__(self, table: Tensor, context_length: int = 1024, execution: str = "") -> None:
         self.table = table
@@ -106,7 +108,8 @@ def publish_unquantized(
     """Make the artefact `folder` of an unquantized tiny model, manifest included."""
     method = Unquantized("plain", dtype)
     temporary = folder.with_name("temporary")
-    report = method.quantize(tiny(kind), None, None, temporary)
+    model = tiny(kind)
+    report = method.quantize(model, None, None, temporary)
     manifest = Manifest(
         files=file_facts(temporary),
         method="plain",
@@ -118,8 +121,9 @@ def publish_unquantized(
         notes=[],
         quantize_seconds=0.0,
         quantize_peak_bytes=0,
-        model={},
+        model=model_facts(model),
         calibration=None,
+        unquantized=report.unquantized,
     )
     publish(temporary, folder, manifest)
     return manifest

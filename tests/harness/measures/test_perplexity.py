@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness.measures import windows
 from harness.measures.perplexity import Perplexity
@@ -51,6 +53,28 @@ def test_the_length_is_2048_or_the_models_context(tmp_path: Path) -> None:
     for length, expected in ((4096, "text_gptq_2048"), (300, "text_gptq_300")):
         (value,) = Perplexity("gptq").run(BigramEngine(table, length), context)
         assert value.protocol == expected
+
+
+class ScoringEngine(BigramEngine):
+    """Scores tokens and shows no logits, as a server does."""
+
+    capabilities = frozenset({"logprobs"})
+
+    def token_log_likelihoods(self, input_ids: Tensor) -> Tensor:
+        every = self.table[input_ids[:, :-1]].log_softmax(-1)
+        return every.gather(2, input_ids[:, 1:, None])[..., 0]
+
+    def prefill(self, *_: object, **__: object) -> NoReturn:
+        pytest.fail("a server has no logits")
+
+
+@pytest.mark.parametrize("protocol", ["gptq", "llamacpp"])
+def test_scored_tokens_give_what_logits_give(tmp_path: Path, protocol: str) -> None:
+    context, table = make_context(tmp_path, drawn_ids(100, 8), bos=1), drawn_table(8)
+    (scored,) = Perplexity(protocol, seq_len=20).run(ScoringEngine(table), context)
+    (value,) = Perplexity(protocol, seq_len=20).run(BigramEngine(table), context)
+    assert scored.samples == pytest.approx(value.samples, rel=1e-5)
+    assert scored.protocol == value.protocol
 
 
 def test_a_limited_run_says_so(tmp_path: Path) -> None:

@@ -120,6 +120,34 @@ def test_bytes_read_count_the_experts_a_token_is_sent_to(tmp_path: Path) -> None
     assert bytes_read_per_token(engine, folder) is None
 
 
+class TellingEngine(BigramEngine):
+    """Says itself what its artefact stores."""
+
+    def __init__(self, stored: dict[str, int]) -> None:
+        super().__init__(drawn_table(8))
+        self.stored = stored
+
+    def stored_bytes(self) -> dict[str, int]:
+        return self.stored
+
+
+def test_a_format_of_its_own_is_read_by_its_engine(tmp_path: Path) -> None:
+    context = make_context(tmp_path, drawn_ids(1, 8))
+    manifest = publish_unquantized(context.artefact)
+    (context.artefact / "model.safetensors").rename(context.artefact / "model.other")
+    stored = {
+        f"{m['name']}.weight": 4 * m["out_features"] * m["in_features"] for m in manifest.matrices
+    }
+    stored["lm_head.weight"] = 12
+    values = by_metric(Size().run(TellingEngine(stored), context))
+    assert values["quantized_bytes"].value == BLOCK_WEIGHTS * 4
+    assert values["head_bytes"].value == 12
+    stored.popitem()
+    stored.popitem()
+    with pytest.raises(SizeMismatchError):
+        Size().run(TellingEngine(stored), context)
+
+
 def test_the_dtype_on_disk_counts_not_the_one_in_memory(tmp_path: Path) -> None:
     context = make_context(tmp_path, drawn_ids(1, 8))
     publish_unquantized(context.artefact, "llama", "float16")
