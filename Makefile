@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
 LEGACY := .venv-legacy
 LEGACY_PIP := $(LEGACY)/bin/python -m pip
 LEGACY_PINS := methods/legacy/constraints.txt
@@ -12,21 +13,21 @@ LEGACY_PINS := methods/legacy/constraints.txt
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(BIN)/python -m pytest
 
 check: format lint types imports test
 
-format: $(INSTALLED)
+format: $(TESTED)
 	$(BIN)/ruff format --check .
 
-lint: $(INSTALLED)
+lint: $(TESTED)
 	$(BIN)/ruff check .
 
-types: $(INSTALLED)
+types: $(TESTED)
 	$(BIN)/mypy
 
-imports: $(INSTALLED)
+imports: $(TESTED)
 	$(BIN)/lint-imports
 
 clean:
@@ -34,7 +35,12 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[methods,auto-round,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[methods,auto-round,onnx]'
+	touch $@
+
+# llama.cpp is built from source here: some five minutes on two cores, once (pip keeps the wheel).
+$(TESTED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
 	touch $@
 
 # The archived AutoAWQ and AutoGPTQ, which need an older transformers (methods/legacy.py).
