@@ -11,18 +11,38 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from harness.launch import Stage
+from harness.load import meta_model
+from harness.models import ModelSource
 from harness.record import write_atomically
 from kernels.errors import ConfigError
+from methods.base import ForeseeingMethod
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
-    """Check each configuration of `job["configs"]`; the sentences go to `job["problems"]`."""
+    """Check each configuration of `job["configs"]`; what was found goes to the file `job["found"]`.
+
+    `problems` refuse the sweep, `notices` are said before it starts.
+    """
     problems: list[str] = []
+    notices: list[str] = []
     for config in job["configs"]:
-        for sentence in _problems(config):
-            if sentence not in problems:
-                problems.append(sentence)
-    write_atomically(Path(job["problems"]), json.dumps(problems).encode())
+        problems += _problems(config)
+        notices += _notices(config)
+    found = {"problems": list(dict.fromkeys(problems)), "notices": list(dict.fromkeys(notices))}
+    write_atomically(Path(job["found"]), json.dumps(found).encode())
+
+
+def _notices(config: dict[str, Any]) -> list[str]:
+    """Return what the method foresees for the model; what is wrong with either comes out later."""
+    try:
+        method = instantiate(config["method"])
+        if not isinstance(method, ForeseeingMethod):
+            return []
+        source: ModelSource = instantiate(config["model"])
+        sentences = method.foresee(meta_model(source.architecture()))
+    except (ConfigError, InstantiationException):
+        return []
+    return [f"{source.name} {config['method']['name']}: {sentence}" for sentence in sentences]
 
 
 def _problems(config: dict[str, Any]) -> list[str]:

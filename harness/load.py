@@ -26,7 +26,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from harness.folders import TOKENIZER_MODELS, read_config, weight_files
-from harness.models import ModelSource, ShapeModel
+from harness.models import ModelSource
+from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
 from methods.layers import check_finite, end_names, is_tied
 

@@ -1,15 +1,16 @@
-"""Where a model comes from: the project itself, a folder, the hub, or a bare shape.
+"""Where a model comes from: the project itself, a folder, or the hub.
 
-The classes are what `conf/model/*.yaml` instantiate. Torch-free: the driver asks them for names and
-identities; `harness.load` makes a model of what they point to. Code that comes with a model is
-never run: an architecture that transformers does not know is refused.
+The classes are what `conf/model/*.yaml` instantiate, beside those of `harness.shape_model` and
+`harness.gguf_model`. Torch-free: the driver asks them for names and identities; `harness.load`
+makes a model of what they point to. Code that comes with a model is never run: an architecture
+that transformers does not know is refused.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -19,23 +20,18 @@ from harness.folders import (
     FILES,
     PICKLE_PATTERNS,
     SAFETENSORS_PATTERNS,
-    TOKENIZER_FILES,
     TOKENIZER_MODELS,
     WEIGHTS,
     checked_config,
-    files_digest,
     folder_digest,
     no_weights,
-    present,
     read_config,
-    read_json,
     weight_files,
 )
 from harness.hub import Repository
 from harness.record import digest
 from kernels.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
 SHAPE_OF_ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers"),
     *("intermediate_size", "n_embd", "n_layer"),
@@ -77,6 +73,10 @@ class ModelSource(Protocol):
         """Return the folder in Hugging Face layout, fetched if need be; None for a bare shape."""
         ...
 
+    def checkpoint(self) -> Path | None:
+        """Return what `method=checkpoint` takes: the folder, or a file; None for a bare shape."""
+        ...
+
     def architecture(self) -> dict[str, Any]:
         """Return the configuration as config.json has it, without weights or, if kept, network."""
         ...
@@ -106,14 +106,14 @@ def unquantized(source: ModelSource) -> ModelSource:
     original = source.original()
     if original is None:
         raise ConfigError(
-            f"model {source.name} is quantized already (quantization_config in its config.json); "
-            "measure it as it is with method=checkpoint, name its unquantized original with "
-            "model.reference=FOLDER or OWNER/NAME, or take the unquantized model"
+            f"model {source.name} is quantized already; measure it as it is with method=checkpoint,"
+            " name its unquantized original with model.reference=FOLDER or OWNER/NAME, or take the "
+            "unquantized model"
         )
     return original
 
 
-def _reference(value: str | None) -> LocalModel | HubModel | None:
+def reference_model(value: str | None) -> LocalModel | HubModel | None:
     """Return the model that `model.reference` names: a folder, or OWNER/NAME[@REVISION]."""
     if value is None:
         return None
@@ -146,6 +146,10 @@ class _FolderModel(ABC):
     @abstractmethod
     def folder(self) -> Path:
         """Return the folder."""
+
+    def checkpoint(self) -> Path:
+        """Return the folder."""
+        return self.folder()
 
 
 @dataclass(frozen=True)
@@ -218,12 +222,14 @@ class LocalModel(_FolderModel):
     def identity(self, digests: Path) -> dict[str, Any]:
         """Return the digest of the model's files; the path does not count."""
         sha = folder_digest(self.folder(), self.allow_pickle, digests)
-        reference = _reference_identity(self.reference, self.architecture(), digests)
+        reference = reference_identity(self.reference, self.architecture(), digests)
         return {"kind": "local", "sha256": sha, **reference}
 
     def original(self) -> ModelSource | None:
         """Return the reference; without one the model itself, if it is unquantized."""
-        return _reference(self.reference) or (None if _is_quantized(self.architecture()) else self)
+        return reference_model(self.reference) or (
+            None if _is_quantized(self.architecture()) else self
+        )
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,10 @@ class HubModel:
             return folder
         return self._repository.folder([*patterns, *PICKLE_PATTERNS], self._lacks)
 
+    def checkpoint(self) -> Path:
+        """Return the folder."""
+        return self.folder()
+
     def _lacks(self, folder: Path) -> str | None:
         if not (folder / CONFIG).is_file():
             return _lacks_config(folder)
@@ -294,86 +304,14 @@ class HubModel:
         commit = self._repository.commit()
         reference = {}
         if self.reference is not None:
-            reference = _reference_identity(self.reference, self.architecture(), digests)
+            reference = reference_identity(self.reference, self.architecture(), digests)
         return {"kind": "hub", "id": self.id, "commit": commit, **reference}
 
     def original(self) -> ModelSource | None:
         """Return the reference; without one the model itself, if it is unquantized."""
-        return _reference(self.reference) or (None if _is_quantized(self.architecture()) else self)
-
-    def architecture_identity(self) -> dict[str, Any]:
-        """Return the digest of the configuration."""
-        return {"kind": "architecture", "sha256": digest(self.architecture())}
-
-
-@dataclass(frozen=True)
-class ShapeModel:
-    """An architecture with seeded random weights: for speed, memory and size, never for quality.
-
-    Attributes:
-        config: the architecture as in a config.json, or the path of such a file.
-        tokenizer: a folder with a tokenizer, or null for none.
-        seed: seed of the weights.
-        dtype: floating type that the weights count as stored in.
-    """
-
-    name: str
-    config: Any
-    tokenizer: str | None = None
-    seed: int = 0
-    dtype: str = "bfloat16"
-
-    trust_remote_code: ClassVar[bool] = False
-    random_weights: ClassVar[bool] = True
-    allow_pickle: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"model.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
-            )
-        config = self.config
-        if isinstance(config, str):
-            config = read_json(Path(config).expanduser(), "model.config")
-        object.__setattr__(self, "config", {**checked_config(config), "dtype": self.dtype})
-
-    def folder(self) -> None:
-        """There is no folder: return None."""
-
-    def tokenizer_folder(self) -> Path | None:
-        """Return the folder of the tokenizer, or None.
-
-        Raises:
-            ConfigError: the folder is missing or holds no tokenizer.
-        """
-        if self.tokenizer is None:
-            return None
-        folder = Path(self.tokenizer).expanduser().resolve()
-        if not any((folder / name).is_file() for name in TOKENIZER_MODELS):
-            raise ConfigError(
-                f"model.tokenizer={self.tokenizer}: {folder} holds no tokenizer "
-                f"({', '.join(TOKENIZER_MODELS)})"
-            )
-        return folder
-
-    def original(self) -> ModelSource:
-        """Return the shape itself."""
-        return self
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the configuration."""
-        return dict(self.config)
-
-    def identity(self, digests: Path) -> dict[str, Any]:
-        """Return the digests of configuration and tokenizer, and the seed."""
-        folder = self.tokenizer_folder()
-        tokenizer = files_digest(present(folder, TOKENIZER_FILES), digests) if folder else None
-        return {
-            "kind": "shape",
-            "sha256": digest(self.architecture()),
-            "seed": self.seed,
-            "tokenizer": tokenizer,
-        }
+        return reference_model(self.reference) or (
+            None if _is_quantized(self.architecture()) else self
+        )
 
     def architecture_identity(self) -> dict[str, Any]:
         """Return the digest of the configuration."""
@@ -384,15 +322,22 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
     return "quantization_config" in config
 
 
-def _reference_identity(
-    value: str | None, architecture: Mapping[str, Any], digests: Path
+def reference_identity(
+    value: str | None,
+    architecture: Mapping[str, Any],
+    digests: Path,
+    shared: Sequence[str] = SHAPE_OF_ARCHITECTURE,
 ) -> dict[str, Any]:
-    """Return what a model's identity says of its reference, which must be of its `architecture`."""
-    reference = _reference(value)
+    """Return what a model's identity says of its reference.
+
+    Raises:
+        ConfigError: the reference differs from `architecture` in one of the values `shared`.
+    """
+    reference = reference_model(value)
     if reference is None:
         return {}
     other = reference.architecture()
-    for key in SHAPE_OF_ARCHITECTURE:
+    for key in shared:
         if other.get(key) != architecture.get(key):
             raise ConfigError(
                 f"model.reference={value} is another model than the checkpoint: its {key} is "

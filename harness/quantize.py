@@ -90,12 +90,19 @@ def _adopted(method: AdoptingMethod, job: dict[str, Any], into: Path, stage: Sta
     """Take the checkpoint as it is into the folder `into`; nothing is quantized, nothing timed."""
     stage("taking the checkpoint")
     source: ModelSource = instantiate(job["config"]["model"])
-    folder = source.folder()
-    if folder is None:
-        raise ConfigError(f"model {source.name} is a bare shape; method=checkpoint needs files")
+    checkpoint = source.checkpoint()
+    if checkpoint is None:
+        raise ConfigError(f"model {source.name} is a bare shape; this method needs files")
     model = meta_model(source.architecture())
-    report = method.adopt(folder, model, into)
-    return Made(report, load_tokenizer(folder), model_facts(model), None, None)
+    report = method.adopt(checkpoint, model, into)
+    return Made(report, _tokenizer(source, into), model_facts(model), None, None)
+
+
+def _tokenizer(source: ModelSource, into: Path) -> Any:
+    """Return the tokenizer of a checkpoint: beside it, its original's, or made of the file."""
+    original = source.original()
+    folder = source.folder() or (original.folder() if original is not None else None)
+    return load_tokenizer(folder or into)
 
 
 def _calibration(

@@ -16,34 +16,39 @@ from kernels.errors import ConfigError
 EXIT_REFUSED = 2
 
 
-def check_cells(cells: Sequence[Cell], folder: Path) -> None:
+def check_cells(cells: Sequence[Cell], folder: Path) -> list[str]:
     """Instantiate the methods and measures of `cells` in a child.
+
+    Returns what should be known before they run, one sentence each.
 
     Raises:
         ConfigError: something cannot work; one sentence a line.
     """
     if not cells:
-        return
-    problems = folder / "problems.json"
-    job = {"configs": [cell.config for cell in cells], "problems": str(problems)}
+        return []
+    path = folder / "found.json"
+    job = {"configs": [cell.config for cell in cells], "found": str(path)}
     hardware = instantiate(cells[0].config["hardware"])
     outcome = run_child("harness.check:main", job, folder, hardware, lambda text: None)
     if outcome.failure is not None:
         raise ConfigError(outcome.failure.message)
-    sentences = json.loads(problems.read_text())
-    problems.unlink()
-    if sentences:
-        raise ConfigError("\n".join(sentences))
+    found = json.loads(path.read_text())
+    path.unlink()
+    if found["problems"]:
+        raise ConfigError("\n".join(found["problems"]))
+    notices: list[str] = found["notices"]
+    return notices
 
 
 def plan_cells(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """Check the cells that are missing, write the plan, and return them.
+    """Check the cells that are missing, say what is to be known, write the plan, return them.
 
     Raises:
         ConfigError: as `check_cells`.
     """
     there = {cell.id for cell in cells if cell.finished() and not cell.config["force"]}
     missing = [cell for cell in cells if cell.id not in there]
-    check_cells(missing, folder)
+    for sentence in check_cells(missing, folder):
+        print(f"note: {sentence}")
     write_plan(folder, [cell.id for cell in cells], sorted(there))
     return missing

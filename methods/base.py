@@ -277,6 +277,15 @@ class AdoptingMethod(Protocol):
 
 
 @runtime_checkable
+class ForeseeingMethod(Protocol):
+    """A method whose library changes what it is asked for, in ways that shapes alone tell."""
+
+    def foresee(self, model: nn.Module) -> list[str]:
+        """Return what will be done otherwise with `model` (may be on meta), one sentence each."""
+        ...
+
+
+@runtime_checkable
 class LoadingMethod(Protocol):
     """A method whose artefact can be loaded in several ways (mapped into memory, read)."""
 

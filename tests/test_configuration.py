@@ -46,8 +46,12 @@ def test_a_choice_composes_and_is_named_as_its_file(group: str, choice: str) -> 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_what_a_choice_names_can_be_built(group: str, choice: str, tmp_path: Path) -> None:
-    path = [f"{group}.path={tmp_path}"] if choice == "local" else []
-    config = composed(f"{group}={choice}", *path)
+    given = {
+        ("model", "local"): [f"model.path={tmp_path}"],
+        ("model", "gguf"): [f"model.path={tmp_path}"],
+        ("method", "server"): ["method.url=http://127.0.0.1:1"],
+    }
+    config = composed(f"{group}={choice}", *given.get((group, choice), []))
     plain = OmegaConf.to_container(config[group], resolve=True)
     if group == "suite":
         assert plain["measures"] or plain.get("size_only")  # type: ignore[index,call-overload]

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from harness.load import load_model, load_tokenizer, meta_model, model_facts, random_model
-from harness.models import LocalModel, ShapeModel
+from harness.models import LocalModel
+from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
 from tests.architectures import BOS_ID, CONFIGS, VOCABULARY, logits_of, tiny_ids, write_checkpoint
 
@@ -223,7 +224,8 @@ def test_loading_says_nothing(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from harness.load import load_model, random_model\n"
-        "from harness.models import LocalModel, ShapeModel\n"
+        "from harness.models import LocalModel\n"
+        "from harness.shape_model import ShapeModel\n"
         "from kernels.errors import ConfigError\n"
         f"load_model(LocalModel('m', {str(tmp_path / 'whole')!r}))\n"
         f"load_model(ShapeModel('s', {CONFIGS['llama']!r}))\n"

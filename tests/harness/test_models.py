@@ -17,9 +17,9 @@ from harness.models import (
     HubModel,
     LocalModel,
     ModelSource,
-    ShapeModel,
     unquantized,
 )
+from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
 from tests.architectures import CONFIGS, write_checkpoint
 from tests.harness.hub_server import CLOSED, COMMIT, Hub, ask, serve
@@ -45,7 +45,7 @@ PARAMETERS = {
     "shape-1b": 1_100_048_384,
     "shape-llama-7b": 6_738_415_616,
 }
-WITHOUT_CONFIG = {"embedded", "local", "hub"}
+WITHOUT_CONFIG = {"embedded", "local", "hub", "gguf"}
 
 
 def source_of(choice: str) -> ModelSource:
@@ -290,7 +290,7 @@ def test_a_quantized_checkpoint_has_an_original_only_where_one_is_named(tmp_path
     write_checkpoint(tmp_path / "float")
     alone = LocalModel("local", str(folder))
     assert alone.original() is None
-    with pytest.raises(ConfigError, match=r"quantized is quantized already .* method=checkpoint"):
+    with pytest.raises(ConfigError, match=r"quantized is quantized already; .* method=checkpoint"):
         unquantized(alone)
     named = LocalModel("local", str(folder), reference=str(tmp_path / "float"))
     assert unquantized(named).folder() == tmp_path / "float"

@@ -108,7 +108,7 @@ def test_the_child_writes_a_record(tmp_path: Path) -> None:
         "summary": {"model": "m"},
         "model_identity": {"kind": "architecture", "sha256": "0"},
         "config": {
-            "model": {"_target_": "harness.models.ShapeModel", "name": "m", "config": config},
+            "model": {"_target_": "harness.shape_model.ShapeModel", "name": "m", "config": config},
             "method": {"_target_": "methods.rtn.RTN", "name": "rtn", "bits": 4, "group_size": 32},
             "hardware": {"_target_": "harness.hardware.Hardware", "name": "cpu", "device": "cpu"},
         },
