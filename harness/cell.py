@@ -135,7 +135,8 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         resolved["model"]["reference"] = f"{reference['id']}@{reference['commit']}"
 
     def key_of(node: dict[str, Any]) -> str:
-        calibration = data.calibration_digest() if "calibration" in node and not size_only else None
+        shown = node.get("calibration") and not size_only
+        calibration = data.calibration_digest() if shown else None
         return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
 
     artefact, baseline = key_of(resolved["method"]), key_of(resolved["baseline"])
@@ -153,7 +154,8 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         reference_key=identity.reference_key(model_key, resolved, evaluation),
         model_identity=model_identity,
         random_weights=model.random_weights,
-        has_reference=model.original() is not None,
+        # A server's model is compared only where asked: its weights need not be here.
+        has_reference=model.original() is not None and resolved["method"].get("compare", True),
     )
 
 

@@ -24,9 +24,9 @@ from harness.measure import Progress
 from harness.models import ModelSource
 from harness.record import Value
 from methods.artefact import checkpoint_dtype
-from methods.base import Matrix, Method
+from methods.base import ForeseeingMethod, Matrix, Method
 from methods.layers import Scope, select
-from methods.unquantized import DTYPES, Unquantized
+from methods.unquantized import DTYPES
 
 PROTOCOL = "computed"
 
@@ -81,9 +81,12 @@ def compute(model: Any, method: Method) -> Sizes:
     everything = select(model, Scope(head=True, embeddings=True)).matrices
     ends = {_parameter(model, m): _part(m) for m in everything if m.role != "block"}
     dtype = _rest_dtype(model, method)
-    seen: set[int] = set()
-    # An uncovered user of a tied parameter keeps it: the covered one has a copy of its own.
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    tensors = model.state_dict(keep_vars=True)
+    # An uncovered user of a tied parameter keeps it, since the covered one has a copy of its own;
+    # except with a method that stores the pair once.
+    keeps_ties = getattr(method, "keeps_ties", False)
+    seen = {id(tensors[name]) for name in gone} if keeps_ties else set()
+    for name, tensor in tensors.items():
         if name in gone or id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -105,9 +108,8 @@ def _parameter(model: nn.Module, matrix: Matrix) -> str:
 
 def _rest_dtype(model: Any, method: Method) -> torch.dtype:
     """Return the floating type of what `method` does not cover: its own, or the checkpoint's."""
-    if isinstance(method, Unquantized):
-        return DTYPES[method.dtype]
-    return checkpoint_dtype(model)
+    own = getattr(method, "rest_dtype", None)
+    return checkpoint_dtype(model) if own is None else DTYPES[own]
 
 
 def values(sizes: Sizes) -> list[Value]:
@@ -146,5 +148,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         "left_out": left_out,
     }
     progress.details["model"] = {**model_facts(model), **job["model_identity"]}
+    if isinstance(method, ForeseeingMethod):
+        progress.details["notes"] += method.foresee(model)
     progress.details["notes"].append("sizes computed from the configuration; no weight was read")
     progress.write("ok")

@@ -218,7 +218,9 @@ class Method(Protocol):
     """A quantization scheme with all its options.
 
     One that can keep decoder blocks away from the device (`hardware.offload`) has
-    `offloads: ClassVar[bool] = True`; others are refused there.
+    `offloads: ClassVar[bool] = True`; others are refused there. One that stores a tied pair of
+    head and embedding once, when it covers them, has `keeps_ties: ClassVar[bool] = True`; one that
+    stores what it does not cover in a type of its own names that in `rest_dtype: str`.
 
     A method that is shown text has a field `calibration: Calibration`, so that the text is part
     of its artefact's identity; `needs_calibration` says so.
@@ -269,7 +271,12 @@ class Method(Protocol):
 
 @runtime_checkable
 class AdoptingMethod(Protocol):
-    """A method that measures a checkpoint which somebody else has quantized."""
+    """A method that measures what somebody else has quantized: a checkpoint, or a server.
+
+    `takes_weights` says whether it needs the model's weights, or its tokenizer alone.
+    """
+
+    takes_weights: ClassVar[bool]
 
     def adopt(self, checkpoint: Path, model: nn.Module, into: Path) -> QuantizeReport:
         """Make an artefact in `into` of the folder `checkpoint`; `model` is its shape, on meta."""

@@ -86,6 +86,11 @@ class Unquantized:
         """No scales, no groups."""
         return None
 
+    @property
+    def rest_dtype(self) -> str:
+        """Everything else is stored in the type, too."""
+        return self.dtype
+
     def check(self, hardware: Hardware) -> None:
         """Every machine stores and runs these types."""
 
