@@ -43,6 +43,11 @@ class GgufModel:
     def folder(self) -> None:
         """There is no folder in Hugging Face layout: return None."""
 
+    def tokenizer_folder(self) -> Path | None:
+        """Return the original's folder, or None: the file carries a tokenizer of its own."""
+        original = self.original()
+        return None if original is None else original.tokenizer_folder()
+
     def checkpoint(self) -> Path:
         """Return the file as an absolute path.
 

@@ -73,6 +73,10 @@ class ModelSource(Protocol):
         """Return the folder in Hugging Face layout, fetched if need be; None for a bare shape."""
         ...
 
+    def tokenizer_folder(self) -> Path | None:
+        """Return the folder with tokenizer and config.json, no weights fetched; or None."""
+        ...
+
     def checkpoint(self) -> Path | None:
         """Return what `method=checkpoint` takes: the folder, or a file; None for a bare shape."""
         ...
@@ -146,6 +150,10 @@ class _FolderModel(ABC):
     @abstractmethod
     def folder(self) -> Path:
         """Return the folder."""
+
+    def tokenizer_folder(self) -> Path:
+        """Return the folder."""
+        return self.folder()
 
     def checkpoint(self) -> Path:
         """Return the folder."""
@@ -282,6 +290,10 @@ class HubModel:
         """Return the folder."""
         return self.folder()
 
+    def tokenizer_folder(self) -> Path:
+        """Return the local copy of configuration and tokenizer, fetched where it is incomplete."""
+        return self._repository.folder([*FILES], _lacks_tokenizer)
+
     def _lacks(self, folder: Path) -> str | None:
         if not (folder / CONFIG).is_file():
             return _lacks_config(folder)
@@ -289,9 +301,7 @@ class HubModel:
             weight_files(folder, self.allow_pickle)
         except ConfigError:
             return no_weights(self.allow_pickle)
-        if not any((folder / name).is_file() for name in TOKENIZER_MODELS):
-            return f"has no tokenizer ({', '.join(TOKENIZER_MODELS)})"
-        return None
+        return _lacks_tokenizer(folder)
 
     def architecture(self) -> dict[str, Any]:
         """Return the configuration kept here, else the one on the hub."""
@@ -351,3 +361,9 @@ def _lacks_config(folder: Path) -> str | None:
     if (folder / CONFIG).is_file():
         return None
     return f"has no {CONFIG}: it is no model in transformers' layout"
+
+
+def _lacks_tokenizer(folder: Path) -> str | None:
+    if any((folder / name).is_file() for name in TOKENIZER_MODELS):
+        return _lacks_config(folder)
+    return f"has no tokenizer ({', '.join(TOKENIZER_MODELS)})"

@@ -90,7 +90,7 @@ def _adopted(method: AdoptingMethod, job: dict[str, Any], into: Path, stage: Sta
     """Take the checkpoint as it is into the folder `into`; nothing is quantized, nothing timed."""
     stage("taking the checkpoint")
     source: ModelSource = instantiate(job["config"]["model"])
-    checkpoint = source.checkpoint()
+    checkpoint = source.checkpoint() if method.takes_weights else source.tokenizer_folder()
     if checkpoint is None:
         raise ConfigError(f"model {source.name} is a bare shape; this method needs files")
     model = meta_model(source.architecture())
@@ -99,10 +99,14 @@ def _adopted(method: AdoptingMethod, job: dict[str, Any], into: Path, stage: Sta
 
 
 def _tokenizer(source: ModelSource, into: Path) -> Any:
-    """Return the tokenizer of a checkpoint: beside it, its original's, or made of the file."""
-    original = source.original()
-    folder = source.folder() or (original.folder() if original is not None else None)
-    return load_tokenizer(folder or into)
+    """Return the tokenizer of a checkpoint: beside it, its original's, or what adopting made."""
+    tokenizer = load_tokenizer(source.tokenizer_folder() or into)
+    if tokenizer is None:
+        raise ConfigError(
+            f"model {source.name} has no tokenizer that can be read; name the model it was made "
+            "from with model.reference=FOLDER or OWNER/NAME"
+        )
+    return tokenizer
 
 
 def _calibration(

@@ -1,16 +1,14 @@
 """A ready-made quantized checkpoint: loaded and measured as it is.
 
 What it is stands in its own `config.json` (`quantization_config`): GPTQ and AWQ run through
-GPTQModel, bitsandbytes and compressed-tensors through transformers, HQQ through hqq. Nothing is
-quantized here, and nothing is guessed from a name.
+GPTQModel, bitsandbytes and compressed-tensors through transformers, HQQ through hqq; or it is one
+GGUF file, which llama.cpp runs. Nothing is quantized here, and nothing is guessed from a name.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,17 @@ from kernels.errors import ConfigError
 from methods import (
     bitsandbytes_engine,
     compressed_engine,
+    gguf_checkpoint,
     gptq_format,
     gptqmodel_engine,
     hqq,
     hqq_checkpoint,
 )
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
+from methods.files import take
+from methods.gguf import FILE as GGUF_FILE
+from methods.gguf import load_dequantized as gguf_dequantized
+from methods.gguf import load_file as gguf_load
 from methods.layers import Scope, select
 
 Loader = Callable[[Path, Hardware], Engine]
@@ -39,6 +42,7 @@ LOADERS: Mapping[str, Loader] = {
     "bitsandbytes": bitsandbytes_engine.load,
     "compressed-tensors": compressed_engine.load,
     "hqq": hqq.load,
+    "gguf": gguf_load,
 }
 DEQUANTIZED_LOADERS: Mapping[str, Loader] = {
     "gptq": gptqmodel_engine.load_dequantized,
@@ -46,6 +50,7 @@ DEQUANTIZED_LOADERS: Mapping[str, Loader] = {
     "bitsandbytes": bitsandbytes_engine.load_dequantized,
     "compressed-tensors": compressed_engine.load_dequantized,
     "hqq": hqq.load_dequantized,
+    "gguf": gguf_dequantized,
 }
 PATH_TOLERANCE = 0.2
 """The largest of those of the methods that make such checkpoints; see there."""
@@ -69,6 +74,8 @@ def scheme_of(folder: Path) -> Scheme:
     Raises:
         ConfigError: it is not quantized, or quantized as nothing here can run.
     """
+    if (folder / GGUF_FILE).is_file():
+        return Scheme("gguf", None, None)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stated = config.get("quantization_config")
     if stated is None and not any((folder / name).is_file() for name in gptq_format.CONFIG_FILES):
@@ -112,6 +119,7 @@ class Checkpoint:
     name: str
 
     needs_calibration: ClassVar[bool] = False
+    takes_weights: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     @property
@@ -146,11 +154,13 @@ class Checkpoint:
         raise ConfigError("method=checkpoint quantizes nothing; it takes a quantized checkpoint")
 
     def adopt(self, checkpoint: Path, model: nn.Module, into: Path) -> QuantizeReport:
-        """Put the files of the folder `checkpoint` into `into`, and say what they hold.
+        """Put the GGUF file, or the files of the folder `checkpoint`, into `into`; say what they hold.
 
         Raises:
             ConfigError: the checkpoint is not quantized, or holds other matrices than `model` has.
         """
+        if checkpoint.is_file():
+            return gguf_checkpoint.adopt(checkpoint, model, into)
         scheme = scheme_of(checkpoint)
         if scheme.kind == "hqq":
             # In the container that method=hqq writes: no library reads these folders any more.
@@ -158,7 +168,7 @@ class Checkpoint:
         for pattern in FILES:
             for path in sorted(checkpoint.glob(pattern)):
                 if scheme.kind != "hqq" or path.suffix == ".json":
-                    _take(path, into / path.name)
+                    take(path, into / path.name)
         matrices, _ = self.select(model)
         stored = _stored(into)
         quantized = [matrix for matrix in matrices if _is_quantized(matrix, stored)]
@@ -181,15 +191,6 @@ class Checkpoint:
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with every matrix decoded into floats, to compare with."""
         return DEQUANTIZED_LOADERS[scheme_of(artefact).kind](artefact, hardware)
-
-
-def _take(source: Path, target: Path) -> None:
-    """Link a file, or copy it where the two folders are on different file systems."""
-    try:
-        # The hub's cache holds links; what they lead to is linked.
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _stored(folder: Path) -> dict[str, tuple[str, list[int]]]:

@@ -17,9 +17,16 @@ NOT_HERE = {
     "auto_gptq": "needs a CUDA card",
     "auto_awq": "needs an environment of its own: tests/methods/test_legacy.py",
     "checkpoint": "takes a quantized model: below",
+    "server": "needs a running server: tests/methods/test_server.py",
+    "gguf_server": "answers other measures: tests/methods/test_gguf_server.py",
 }
 METHODS = [path.stem for path in sorted((ROOT / "conf" / "method").glob("*.yaml"))]
 SIMULATED = {"eetq"}
+
+
+def row_name(method: str) -> str:
+    """Return what tables call a method: llama.cpp's types are methods of their own."""
+    return method.replace("gguf", "gguf_Q4_K_M")
 
 
 def write_model(folder: Path) -> None:
@@ -78,7 +85,7 @@ def test_every_method_runs_from_the_command_line(swept: tuple[Path, Done]) -> No
     folder, done = swept
     assert done.code == 0, done.out
     found = by_method(folder)
-    assert set(found) == set(METHODS) - set(NOT_HERE)
+    assert set(found) == {row_name(name) for name in set(METHODS) - set(NOT_HERE)}
     assert {record.status for record in found.values()} == {"ok"}
 
 
@@ -108,16 +115,18 @@ def test_what_was_calibrated_on_is_recorded(swept: tuple[Path, Done]) -> None:
     assert all(str(entry["text"]).endswith("shown.txt") for entry in shown.values() if entry)
 
 
-@pytest.mark.parametrize("method", ["gptq", "nf4", "w8a8"])
+@pytest.mark.parametrize("method", ["gptq", "nf4", "w8a8", "gguf_Q4_K_M"])
 def test_what_a_method_wrote_is_a_checkpoint_for_others(
     method: str, swept: tuple[Path, Done], tmp_path: Path
 ) -> None:
     folder = swept[0]
     made = by_method(folder)[method]
+    artefact = folder / "runs" / made.cell / "artefact"
+    is_file = method.startswith("gguf")
     done = quantbench(
         "method=checkpoint",
-        "model=local",
-        f"model.path={folder / 'runs' / made.cell / 'artefact'}",
+        f"model={'gguf' if is_file else 'local'}",
+        f"model.path={artefact / 'model.gguf' if is_file else artefact}",
         "data.source=text",
         f"data.path={folder / 'scored.txt'}",
         "suite=smoke",
@@ -133,7 +142,32 @@ def test_what_a_method_wrote_is_a_checkpoint_for_others(
             assert figures[value.metric, value.protocol] == pytest.approx(value.value, rel=1e-6)
     assert not any(metric == "kl_mean" for metric, _ in figures)
     notes = " ".join(record.details["notes"])
-    assert "divergence not measured: the checkpoint is quantized and model.reference names" in notes
+    assert "divergence not measured: there is no unquantized model to compare with" in notes
+
+
+def test_a_gguf_file_is_compared_with_its_original(
+    swept: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = swept[0]
+    made = by_method(folder)["gguf_Q4_K_M"]
+    done = quantbench(
+        "method=checkpoint",
+        "model=gguf",
+        f"model.path={folder / 'runs' / made.cell / 'artefact' / 'model.gguf'}",
+        f"model.reference={folder / 'model'}",
+        "data.source=text",
+        f"data.path={folder / 'scored.txt'}",
+        "suite=smoke",
+        "~suite.measures.speed",
+        f"runs_dir={tmp_path}",
+    )
+    assert done.code == 0, done.out
+    found = {str(record.config["method"]): record for record in records(tmp_path).values()}
+    assert set(found) == {"fp32", "checkpoint"}
+    for metric in ("kl_mean", "perplexity", "bits_per_weight", "quantized_bytes", "equal_tokens"):
+        (own,) = [v.value for v in found["checkpoint"].values if v.metric == metric][:1]
+        (theirs,) = [v.value for v in made.values if v.metric == metric][:1]
+        assert own == pytest.approx(theirs, rel=1e-6), metric
 
 
 def test_a_missing_library_fails_its_own_cells_with_the_command(tmp_path: Path) -> None:
