@@ -91,6 +91,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         seconds = time.perf_counter() - start
         progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
     progress.details["runtime"] = engine.runtime
+    progress.details["notes"] += getattr(engine, "notes", ())
     _describe_kernels(progress, engine.kernels())
     memory = PeakMemory(job["resident_at_start"], hardware)
     context = _context(job, hardware, progress, memory)
@@ -131,8 +132,8 @@ def _run_one(
         return
     if isinstance(measure, Comparing) and not context.has_reference:
         progress.details["notes"].append(
-            f"{name} not measured: the checkpoint is quantized and model.reference names no "
-            "unquantized original to compare with"
+            f"{name} not measured: there is no unquantized model to compare with (of a quantized "
+            "checkpoint, model.reference names it)"
         )
         return
     missing = measure.needs - engine.capabilities

@@ -6,6 +6,7 @@ the reference's floating type, and leaves it in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,26 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     """Prepare every measure of the suite, then leave the marker `job["marker"]`."""
     config = job["config"]
     hardware: Hardware = instantiate(config["hardware"])
+    measures: dict[str, Measure] = {
+        name: instantiate(node) for name, node in config["suite"]["measures"].items()
+    }
+    comparing = {
+        name: measure
+        for name, measure in measures.items()
+        if isinstance(measure, Comparing) and not (job["random_weights"] and measure.quality)
+    }
+    if comparing:
+        _prepare(comparing, job, hardware, stage)
+    marker = Path(job["marker"])
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(marker, b"done\n")
+
+
+def _prepare(
+    comparing: Mapping[str, Comparing], job: dict[str, Any], hardware: Hardware, stage: Stage
+) -> None:
+    """Load the unquantized model and let each measure keep what it compares with."""
+    config = job["config"]
     stage("loading the reference")
     model, tokenizer = load_model(unquantized(instantiate(config["model"])))
     model = model.to(hardware.device, DTYPES[config["reference_dtype"]])
@@ -41,12 +62,6 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         random_weights=job["random_weights"],
         seed=config["seed"],
     )
-    for name, node in config["suite"]["measures"].items():
-        measure: Measure = instantiate(node)
-        if not isinstance(measure, Comparing) or (context.random_weights and measure.quality):
-            continue
+    for name, measure in comparing.items():
         stage(f"reference: {name}")
         measure.prepare(engine, context)
-    marker = Path(job["marker"])
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(marker, b"done\n")

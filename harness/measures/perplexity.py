@@ -101,7 +101,13 @@ def token_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
     float32 [B, T - 1 - first] on the CPU, in nats.
     """
     if isinstance(engine, Scoring):
-        return -engine.token_log_likelihoods(ids)[:, first:]
+        scored = engine.token_log_likelihoods(ids)[:, first:]
+        if bool(scored.isnan().any()):
+            raise ConfigError(
+                f"{engine.runtime} gives no log-probability of some tokens that this protocol "
+                "scores (often the first behind BOS); use the llamacpp protocol with this engine"
+            )
+        return -scored
     batch, length = ids.shape
     losses = torch.empty(batch, length - 1 - first)
     for start, logits in logit_pieces(engine, ids, first):
