@@ -373,10 +373,10 @@ def test_pure_types_that_need_importance_have_it_everywhere(tmp_path: Path) -> N
         assert {t.type for t in stored.values()} == {"IQ2_XXS", "F32"}
 
 
-def test_importance_needs_text() -> None:
+def test_importance_needs_text(tmp_path: Path) -> None:
+    weighed = replace(Q4, calibration=CALIBRATION)
     with pytest.raises(ConfigError, match="gguf needs calibration text and was given none"):
-        weighed = replace(Q4, calibration=CALIBRATION)
-        weighed.quantize(model_of(), tiny_tokenizer(), None, Path("unused"))
+        weighed.quantize(model_of(), tiny_tokenizer(), None, tmp_path)
 
 
 def test_a_file_with_other_types_is_an_error(q4: tuple[Path, QuantizeReport]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import ConfigError
-from methods.base import Calibration, LoadingMethod
+from methods.base import LoadingMethod
 from methods.gguf import Gguf
 from methods.gguf_server import ALIAS, GgufServer
 from methods.server_engine import ServerEngine
