@@ -154,7 +154,7 @@ class Checkpoint:
         raise ConfigError("method=checkpoint quantizes nothing; it takes a quantized checkpoint")
 
     def adopt(self, checkpoint: Path, model: nn.Module, into: Path) -> QuantizeReport:
-        """Put the GGUF file, or the files of the folder `checkpoint`, into `into`; say what they hold.
+        """Put a GGUF file, or the files of a folder, into `into`; say what they hold.
 
         Raises:
             ConfigError: the checkpoint is not quantized, or holds other matrices than `model` has.
