@@ -24,7 +24,7 @@ F32 = 0
 BATCH = 512
 """Tokens that one call reads at most, all sequences together: llama.cpp's own physical batch."""
 
-ROOM = 256
+ROOM = 64
 """Tokens a fresh cache has room for beyond those it was made for, so that decoding can begin."""
 
 PADDING = 256
