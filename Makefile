@@ -8,7 +8,7 @@ LEGACY := .venv-legacy
 LEGACY_PIP := $(LEGACY)/bin/python -m pip
 LEGACY_PINS := methods/legacy/constraints.txt
 
-.PHONY: bench test check format lint types imports legacy-env clean
+.PHONY: bench test check format lint types imports gguf legacy-env clean
 
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
@@ -38,7 +38,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[methods,auto-round,onnx]'
 	touch $@
 
-# llama.cpp is built from source here: some five minutes on two cores, once (pip keeps the wheel).
+# llama.cpp is built from source: some five minutes on two cores, once (pip keeps the wheel).
+gguf: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+
 $(TESTED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
 	touch $@
