@@ -127,14 +127,20 @@ class Gguf:
         return FILE_TYPES[self.type].main
 
     @property
-    def bits(self) -> float:
-        """Bits of a weight of the main tensor type."""
-        return float(TENSOR_TYPES[self._main].bits)
+    def bits(self) -> float | None:
+        """Bits of a weight where every matrix has one type; None for llama.cpp's mixtures."""
+        return float(TENSOR_TYPES[self._main].bits) if self._is_uniform else None
 
     @property
     def group_size(self) -> int | None:
-        """Consecutive weights of the main tensor type that share a scale."""
-        return TENSOR_TYPES[self._main].group
+        """Consecutive weights that share a scale, as `bits`."""
+        return TENSOR_TYPES[self._main].group if self._is_uniform else None
+
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether llama.cpp was told to give every matrix the main type, or quantizes none."""
+        own = self.output_tensor_type or self.token_embedding_type
+        return own is None and (self.pure or self._main in FLOATS)
 
     @property
     def _choice(self) -> Choice:

@@ -42,7 +42,7 @@ def adopt(path: Path, model: Any, into: Path) -> QuantizeReport:
     left_out = select(
         model, Scope(head="head" in ends, embeddings="embedding" in ends, keep=spared)
     ).left_out
-    main = TENSOR_TYPES[weights.most_common(1)[0][0]]
+    only = TENSOR_TYPES[next(iter(weights))] if len(weights) == 1 else None
     listed = ", ".join(f"{kind} {100 * n / weights.total():.0f} %" for kind, n in weights.items())
     notes = [f"a ready-made GGUF file, not quantized here; types of its weights: {listed}"]
     try:
@@ -51,9 +51,8 @@ def adopt(path: Path, model: Any, into: Path) -> QuantizeReport:
         # Its original's may be there.
         notes.append(str(error))
     bits = sum(8 * stored[f"{matrix.name}.weight"].bytes for matrix in quantized)
-    return QuantizeReport(
-        quantized, bits, left_out, notes, float(main.bits), main.group, unquantized=plain
-    )
+    width, group = (float(only.bits), only.group) if only else (None, None)
+    return QuantizeReport(quantized, bits, left_out, notes, width, group, unquantized=plain)
 
 
 def _type(path: Path, matrix: Matrix, stored: Mapping[str, StoredTensor]) -> str:

@@ -135,8 +135,7 @@ def test_what_a_method_wrote_is_a_checkpoint_for_others(
     )
     assert done.code == 0, done.out
     (record,) = records(tmp_path).values()
-    # A file's bits are those of most of its weights, and these rows are too short for Q4_K.
-    assert record.config["bits"] == (5 if is_file else made.config["bits"])
+    assert record.config["bits"] == made.config["bits"]
     figures = {(v.metric, v.protocol): v.value for v in record.values}
     for value in made.values:
         if value.metric in ("perplexity", "bits_per_weight"):

@@ -412,8 +412,12 @@ def test_options_that_cannot_be_are_refused(changes: dict[str, Any], sentence: s
         replace(Q4, **changes)
 
 
-def test_bits_and_groups_are_those_of_the_main_type() -> None:
-    assert (Q4.bits, Q4.group_size) == (4.0, 32)
+def test_a_mixture_has_no_single_width() -> None:
+    assert (Q4.bits, Q4.group_size) == (None, None)
+    pure = replace(Q4, pure=True)
+    assert (pure.bits, pure.group_size) == (4.0, 32)
+    mixed = replace(pure, output_tensor_type="Q8_0")
+    assert (mixed.bits, mixed.group_size) == (None, None)
     half = Gguf("gguf_F16", "F16")
     assert (half.bits, half.group_size) == (16.0, None)
 
