@@ -29,6 +29,7 @@ from harness.folders import TOKENIZER_MODELS, read_config, weight_files
 from harness.models import ModelSource
 from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
+from methods.engine import cap_attention
 from methods.layers import check_finite, end_names, is_tied
 
 STORED_DTYPES = {
@@ -68,6 +69,8 @@ def load_model(source: ModelSource) -> tuple[Any, Any]:
                 )
     if tokenizer is not None:
         _check_tokenizer(tokenizer, model, source.name)
+    # What methods calibrate on is computed by this model.
+    cap_attention(model)
     return model, tokenizer
 
 

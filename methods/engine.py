@@ -13,6 +13,16 @@ from methods.base import Cache, KernelUse
 CAPABILITIES = frozenset({"logits", "cache", "generate", "logprobs", "memory"})
 
 
+def cap_attention(model: Any) -> None:
+    """Make `model` cap its attention scores where its configuration says so (Gemma 2).
+
+    PyTorch's fused attention, which transformers takes by itself, knows no cap and would leave it
+    out without a word.
+    """
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
+
+
 class TorchEngine:
     """Runs `model` (in eval mode, on `device`) token by token, with its keys and values kept.
 
@@ -21,6 +31,7 @@ class TorchEngine:
     """
 
     def __init__(self, model: Any, device: str, uses: list[KernelUse]) -> None:
+        cap_attention(model)
         self.model = model
         self.device = torch.device(device)
         self._uses = uses
