@@ -36,6 +36,7 @@ class Context:
         baseline: loads the baseline's engine for interleaved timing; None in the baseline's cell.
         dequantized: loads the artefact with every matrix dequantized at each call, and the
             tolerance its logits must keep to; None for a method with one path only.
+        resident_at_start: bytes that the process held before the artefact was loaded.
         loaders: way -> what loads the artefact once more in that way; the only one is named "".
         details: what is not a number goes here, under the measure's name, and into the record.
     """
@@ -51,6 +52,7 @@ class Context:
     has_reference: bool = True
     baseline: Callable[[], Engine] | None = None
     dequantized: Callable[[], tuple[Engine, float]] | None = None
+    resident_at_start: int = 0
     loaders: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -84,8 +86,8 @@ class Measure(Protocol):
         quality: its values say something of the weights, so nothing for random ones.
         needs: capabilities the engine must have.
 
-    A measure that takes memory of its own has `adds_memory: ClassVar[bool] = True`: the engine's
-    peak memory is read before it runs. One without which no other figure counts has
+    One that must see the process before others have worked in it has
+    `goes_first: ClassVar[bool] = True`. One without which no other figure counts has
     `decisive: ClassVar[bool] = True`: its failure is the cell's.
     """
 

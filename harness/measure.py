@@ -29,7 +29,6 @@ from harness.context import (
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
-from harness.memory import peak_bytes
 from harness.record import Failure, Record, Status, Value, write_record
 from kernels.errors import ConfigError
 from methods.base import Engine, KernelUse, LoadingMethod, Method, TwoPathMethod
@@ -86,27 +85,23 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     start = time.perf_counter()
     engine = method.load(Path(job["artefact"]), hardware)
     _synchronize(hardware)
-    in_process = "memory" in engine.capabilities
-    if in_process:
+    if "memory" in engine.capabilities:
         seconds = time.perf_counter() - start
         progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
     progress.details["runtime"] = engine.runtime
     progress.details["notes"] += getattr(engine, "notes", ())
     _describe_kernels(progress, engine.kernels())
-    memory = PeakMemory(job["resident_at_start"], hardware)
-    context = _context(job, hardware, progress, memory)
+    context = _context(job, hardware, progress)
     artefact = Path(job["artefact"])
     context.loaders = _loaders(method, artefact, hardware)
     if isinstance(method, TwoPathMethod):
         loader, tolerance = method, method.path_tolerance
         context.dequantized = lambda: (loader.load_dequantized(artefact, hardware), tolerance)
     decisive = {name for name, one in measures.items() if getattr(one, "decisive", False)}
-    for name, measure in measures.items():
+    first = {name for name, one in measures.items() if getattr(one, "goes_first", False)}
+    for name, measure in sorted(measures.items(), key=lambda item: item[0] not in first):
         progress.write("failed", interrupted_at=name)
-        if getattr(measure, "adds_memory", False):
-            memory.values()
         _run_one(name, measure, engine, context, progress, stage)
-    progress.values += memory.values() if in_process else []
     engine.close()
     broken = any(error.stage in decisive for error in progress.errors)
     progress.write("failed" if broken else "partial" if progress.errors else "ok")
@@ -154,42 +149,12 @@ def _run_one(
         progress.errors.append(Failure(name, type(error).__name__, text))
 
 
-class PeakMemory:
-    """Peak memory of the measured engine alone: taken before a baseline is loaded beside it."""
-
-    def __init__(self, resident_at_start: int, hardware: Hardware) -> None:
-        self.resident_at_start = resident_at_start
-        self.hardware = hardware
-        self._values: list[Value] | None = None
-
-    def values(self) -> list[Value]:
-        """Return the peak until the first call, in bytes."""
-        if self._values is None:
-            self._values = self._read()
-        return self._values
-
-    def _read(self) -> list[Value]:
-        peaks = {"process_peak": peak_bytes() - self.resident_at_start}
-        if self.hardware.device == "cuda":
-            peaks = {
-                "cuda_allocated_peak": torch.cuda.max_memory_allocated(),
-                "cuda_reserved_peak": torch.cuda.max_memory_reserved(),
-            }
-        return [
-            Value("memory", "peak_memory_bytes", protocol, float(peak), "B", False)
-            for protocol, peak in peaks.items()
-        ]
-
-
-def _context(
-    job: dict[str, Any], hardware: Hardware, progress: Progress, memory: PeakMemory
-) -> Context:
+def _context(job: dict[str, Any], hardware: Hardware, progress: Progress) -> Context:
     config = job["config"]
     tokenizer = load_tokenizer(Path(job["artefact"]))
     cache = Cache(Path(job["cache"]))
 
     def load_baseline() -> Engine:
-        memory.values()
         method: Method = instantiate(config["baseline"])
         return method.load(Path(job["baseline_artefact"]), hardware)
 
@@ -203,6 +168,7 @@ def _context(
         random_weights=job["random_weights"],
         seed=config["seed"],
         has_reference=job["has_reference"],
+        resident_at_start=job["resident_at_start"],
         baseline=load_baseline if job["baseline_artefact"] else None,
         details=progress.details,
     )

@@ -304,8 +304,20 @@ _PROTOCOLS: tuple[tuple[str, str], ...] = (
         r"process_peak",
         "The most resident memory of the process, less what it held before the work began.",
     ),
-    (r"cuda_allocated_peak", "The most memory that PyTorch had allocated on the card."),
-    (r"cuda_reserved_peak", "The most memory that PyTorch had reserved on the card."),
+    (
+        r"process_peak_depth(?P<n>\d+)",
+        "The most resident memory of a process that loaded the saved model, read {n} tokens and "
+        "wrote one, less what it held before.",
+    ),
+    (
+        r"cuda_allocated_peak_depth(?P<n>\d+)",
+        "The most memory that PyTorch had allocated on the card for loading the saved model, "
+        "reading {n} tokens and writing one.",
+    ),
+    (
+        r"cuda_reserved_peak_depth(?P<n>\d+)",
+        "The most memory that PyTorch had reserved on the card for the same ({n} tokens).",
+    ),
     (
         r"stored",
         "Bytes of the saved model on disk, scales, zero points and indices included, the "

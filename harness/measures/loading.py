@@ -34,8 +34,6 @@ class Loading:
 
     quality: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"memory", "logits"})
-    adds_memory: ClassVar[bool] = True
-    """The model a second time."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:

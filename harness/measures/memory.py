@@ -1,7 +1,7 @@
-"""Memory of the keys and values that a context keeps.
+"""Memory that running the artefact takes: the process's peak, and the keys and values kept.
 
-Peak memory of the process is taken by the measuring child itself (`harness.measure`), before a
-baseline is loaded beside the engine.
+Runs before every other measure, in a process that has done nothing but load the artefact: what
+measures need for themselves (logits of whole windows, a baseline) is not the model's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from harness.context import Context
 from harness.hardware import Hardware
 from harness.measures.execution import is_simulated
+from harness.memory import peak_bytes
 from harness.record import Value
 from kernels.errors import ConfigError
 from methods.base import Engine, SizedCache
@@ -24,7 +25,7 @@ from methods.base import Engine, SizedCache
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the cache behind `depth` tokens of one sequence.
+    """Peak memory of loading, reading `depth` tokens and writing one; bytes of the cache then.
 
     Attributes:
         depth: tokens in the context.
@@ -33,33 +34,48 @@ class Memory:
     depth: int = 128
 
     quality: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"cache"})
+    needs: ClassVar[frozenset[str]] = frozenset({"cache", "memory"})
+    goes_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ConfigError(f"memory's depth is {self.depth}; it must be 1 or more")
 
     def run(self, engine: Engine, context: Context) -> list[Value]:
-        """Return the bytes of the cache's tensors; nothing where the engine hides its cache.
+        """Return both; no bytes of a cache where the engine hides it.
 
         Raises:
-            ConfigError: the model reads fewer tokens than `depth`.
+            ConfigError: the model reads fewer tokens than `depth` and one.
         """
         if is_simulated(engine):
             return []
-        if self.depth > engine.context_length:
+        if self.depth + 1 > engine.context_length:
             raise ConfigError(
                 f"memory's depth is {self.depth}, but the model reads at most "
-                f"{engine.context_length} tokens"
+                f"{engine.context_length} tokens, the written one included"
             )
         generator = torch.Generator().manual_seed(context.seed)
         ids = torch.randint(engine.vocab_size, (1, self.depth), generator=generator)
         _, cache = engine.prefill(ids, last=1)
         held = kept_bytes(cache)
-        if held is None:
-            return []
-        protocol = f"depth{self.depth}_batch1"
-        return [Value("memory", "kv_cache_bytes", protocol, float(held), "B", False)]
+        engine.decode(ids[:, :1], cache)
+        values = [
+            Value("memory", "peak_memory_bytes", f"{where}_depth{self.depth}", float(n), "B", False)
+            for where, n in _peaks(context).items()
+        ]
+        if held is not None:
+            protocol = f"depth{self.depth}_batch1"
+            values.append(Value("memory", "kv_cache_bytes", protocol, float(held), "B", False))
+        return values
+
+
+def _peaks(context: Context) -> dict[str, int]:
+    if context.hardware.device == "cuda":
+        return {
+            "cuda_allocated_peak": torch.cuda.max_memory_allocated(),
+            "cuda_reserved_peak": torch.cuda.max_memory_reserved(),
+        }
+    return {"process_peak": peak_bytes() - context.resident_at_start}
 
 
 def kept_bytes(cache: Any) -> int | None:

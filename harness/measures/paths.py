@@ -31,8 +31,6 @@ class Paths:
 
     quality: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "cache"})
-    adds_memory: ClassVar[bool] = True
-    """The model a second time."""
     decisive: ClassVar[bool] = True
     """No other figure of the cell counts where this one fails."""
 

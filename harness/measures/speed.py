@@ -66,8 +66,6 @@ class Speed:
 
     quality: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "cache"})
-    adds_memory: ClassVar[bool] = True
-    """Buffers of its own and a second engine: peak memory has to be taken before it."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_lengths", "batches", "depths"):
@@ -99,7 +97,6 @@ class Speed:
             return []
         points, left_out = self._fitting(engine)
         with ExitStack() as stack:
-            # The baseline's loading ends the count of the engine's own peak memory: it goes first.
             baseline = None
             if self.interleave_baseline and context.baseline is not None:
                 baseline = context.baseline()

@@ -129,7 +129,7 @@ class Synthetic:
             ("size", "bits_per_weight", "stored", bits + scale_bits, "bits"),
             ("size", "quantized_bytes", "stored", float(int(stored)), "B"),
             ("size", "embedding_bytes", "stored", 2_097_152.0, "B"),
-            ("memory", "peak_memory_bytes", "process_peak", float(int(stored + 3e7)), "B"),
+            ("memory", "peak_memory_bytes", "process_peak_depth128", float(int(stored + 3e7)), "B"),
             ("quantize", "quantize_peak_bytes", "process_peak", 6.5e7, "B"),
             ("quantize", "quantize_seconds", "quantize", self._noise(0.4), "s"),
             ("load", "load_seconds", "artefact", self._noise(0.03), "s"),

@@ -75,6 +75,7 @@ def test_ratios_to_the_baseline() -> None:
         ("greedy_8x64", ("8 prompts", "64 tokens")),
         ("prompt128_depth512_batch1", ("128 tokens", "512 tokens of context", "1 sequence at")),
         ("process_peak", ("resident memory",)),
+        ("process_peak_depth128", ("resident memory", "read 128 tokens")),
         ("stored", ("on disk",)),
         ("computed", ("Arithmetic",)),
         ("somebody_elses", ("As the measure",)),
