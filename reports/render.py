@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
 from reports import plots, table, words
-from reports.engines import KL_TOLERANCE, PERPLEXITY_TOLERANCE
+from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
 
@@ -31,8 +31,10 @@ FIGURE_PREFIX = "perplexity-"
 ENGINES_LEGEND = (
     "Nothing was quantized in these rows: each engine runs the same weights. Behind a perplexity "
     "stands its difference from the first row's. A row differs where its perplexity is more than "
-    f"{100 * PERPLEXITY_TOLERANCE:g} % away or its mean KL above {KL_TOLERANCE:g} nats; engines "
-    "round activations in their own ways, so small differences remain."
+    f"{100 * PERPLEXITY_TOLERANCE:g} % away from that, or its mean KL (from the unquantized model, "
+    "as everywhere) by more than "
+    + ", ".join(f"{limit:g} nats in {dtype}" for dtype, limit in KL_TOLERANCES.items())
+    + "; engines round activations in their own ways, so small differences remain."
 )
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from harness.record import Record
-from reports.engines import KL_TOLERANCE, PERPLEXITY_TOLERANCE, engine_tables, engine_warnings
+from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE, engine_tables, engine_warnings
 from reports.page import make_page
 from reports.render import html, markdown
 from reports.rows import Group, make_groups, make_rows
 from tests.reports.synthetic import PERPLEXITY, Synthetic
+
+KL_TOLERANCE = KL_TOLERANCES["float16"]
 
 METHODS = (("fp16", "pytorch"), ("gguf_F16", "llama.cpp"), ("onnx_fp16", "onnxruntime"))
 
@@ -70,6 +72,20 @@ def test_a_difference_is_a_warning_at_the_top_of_the_report(changed: dict[str, f
     assert page.banners[0] == sentence
     assert sentence in html(page, {figure.name: _blank() for figure in page.sections[0].figures})
     assert "| differs |" in markdown(page)
+
+
+def test_what_storing_costs_every_engine_is_no_difference() -> None:
+    costly = [
+        replace(
+            record,
+            values=tuple(
+                replace(value, value=value.value + 0.01) if value.metric == "kl_mean" else value
+                for value in record.values
+            ),
+        )
+        for record in crossing()
+    ]
+    assert engine_warnings(group_of(costly)) == []
 
 
 def test_within_the_tolerance_they_agree() -> None:
