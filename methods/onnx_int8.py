@@ -139,8 +139,47 @@ def describe_integers(operator: str, activations: str, reduced: bool) -> tuple[s
     )
 
 
+class IntegerMaps:
+    """What the methods with INT8 weights share: scope, widths, and where they run."""
+
+    name: str
+    per_channel: bool
+    head: bool
+    keep: Sequence[str]
+
+    @property
+    def bits(self) -> float:
+        """INT8, though `reduce_range` uses seven of them."""
+        return 8.0
+
+    @property
+    def group_size(self) -> int | None:
+        """-1 with a scale a row; None where one scale serves the whole matrix."""
+        return -1 if self.per_channel else None
+
+    @property
+    def _scope(self) -> Scope:
+        return Scope(self.head, False, names(self.keep))
+
+    def check(self, hardware: Hardware) -> None:
+        """Refuse what the integer operators cannot run on."""
+        check_hardware(self.name, hardware)
+
+    def stored_bits(self, matrix: Matrix) -> int:
+        """8 bits a weight; 32 for a scale and 8 for a zero point, of each row or the matrix.
+
+        Calibrated grids of activations, 40 bits each, belong to tensors that matrices share.
+        """
+        return 8 * matrix.weights + 40 * (matrix.out_features if self.per_channel else 1)
+
+    def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
+        """Return the linear maps in scope, and what is left out."""
+        selection = select_maps(model, self._scope, self.name)
+        return selection.matrices, selection.left_out
+
+
 @dataclass(frozen=True)
-class OnnxInt8Dynamic:
+class OnnxInt8Dynamic(IntegerMaps):
     """INT8 weights; activations rounded to UINT8 on the range of each call.
 
     Attributes:
@@ -164,33 +203,6 @@ class OnnxInt8Dynamic:
         flags = ("per_channel", "symmetric", "reduce_range", "head")
         require_flags(self.name, {field: getattr(self, field) for field in flags})
         object.__setattr__(self, "keep", names(self.keep))
-
-    @property
-    def bits(self) -> float:
-        """INT8, though `reduce_range` uses seven of them."""
-        return 8.0
-
-    @property
-    def group_size(self) -> int | None:
-        """-1 with a scale a row; None where one scale serves the whole matrix."""
-        return -1 if self.per_channel else None
-
-    @property
-    def _scope(self) -> Scope:
-        return Scope(self.head, False, names(self.keep))
-
-    def check(self, hardware: Hardware) -> None:
-        """Refuse what the integer operators cannot run on."""
-        check_hardware(self.name, hardware)
-
-    def stored_bits(self, matrix: Matrix) -> int:
-        """8 bits a weight; 32 for a scale and 8 for a zero point, of each row or the matrix."""
-        return 8 * matrix.weights + 40 * (matrix.out_features if self.per_channel else 1)
-
-    def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
-        """Return the linear maps in scope, and what is left out."""
-        selection = select_maps(model, self._scope, self.name)
-        return selection.matrices, selection.left_out
 
     def quantize(
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path

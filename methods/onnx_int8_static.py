@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods.base import Calibration, Engine, Execution, Hardware, Matrix, QuantizeReport
-from methods.layers import Scope
 from methods.library import check_covered
-from methods.onnx_engine import ERRORS_ONLY, FEEDS, KEPT, PROVIDERS, check_hardware, load_engine
-from methods.onnx_export import copy_facts, export, float32_notes, select_finite, select_maps
+from methods.onnx_engine import ERRORS_ONLY, FEEDS, KEPT, PROVIDERS, load_engine
+from methods.onnx_export import copy_facts, export, float32_notes, select_finite
 from methods.onnx_graph import MODEL, WEIGHT, read, require_onnx, tensors_of
 from methods.onnx_int8 import (
     PATH_TOLERANCE,
     QUANTIZED,
     Grid,
+    IntegerMaps,
     describe_integers,
     plain_engine,
     quantized_maps,
@@ -50,7 +50,7 @@ Format = Literal["qdq", "qoperator"]
 
 
 @dataclass(frozen=True)
-class OnnxInt8Static:
+class OnnxInt8Static(IntegerMaps):
     """INT8 weights; activations rounded to UINT8 on ranges fixed by calibration.
 
     Attributes:
@@ -100,36 +100,6 @@ class OnnxInt8Static:
                 "set method.round_outputs=true, or method.format=qdq"
             )
         object.__setattr__(self, "keep", names(self.keep))
-
-    @property
-    def bits(self) -> float:
-        """INT8, though `reduce_range` uses seven of them."""
-        return 8.0
-
-    @property
-    def group_size(self) -> int | None:
-        """-1 with a scale a row; None where one scale serves the whole matrix."""
-        return -1 if self.per_channel else None
-
-    @property
-    def _scope(self) -> Scope:
-        return Scope(self.head, False, names(self.keep))
-
-    def check(self, hardware: Hardware) -> None:
-        """Refuse what the integer operators cannot run on."""
-        check_hardware(self.name, hardware)
-
-    def stored_bits(self, matrix: Matrix) -> int:
-        """8 bits a weight; 32 for a scale and 8 for a zero point, of each row or the matrix.
-
-        Activation grids, 40 bits each, belong to tensors that several matrices share.
-        """
-        return 8 * matrix.weights + 40 * (matrix.out_features if self.per_channel else 1)
-
-    def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
-        """Return the linear maps in scope, and what is left out."""
-        selection = select_maps(model, self._scope, self.name)
-        return selection.matrices, selection.left_out
 
     def quantize(
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
