@@ -81,6 +81,8 @@ class OnnxEngine:
         self.artefact = artefact
         self.facts = read_facts(artefact)
         self.uses: list[KernelUse] = []
+        self.reads_stored = True
+        """False where ONNX Runtime converted the weights when it loaded them."""
         inputs = {one.name: one.shape for one in session.get_inputs()}
         self._past = {name: shape for name, shape in inputs.items() if len(shape) == 4}
         self._outputs = [one.name for one in session.get_outputs()]

@@ -103,7 +103,9 @@ class OnnxUnquantized:
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the graph into ONNX Runtime."""
         self.check(hardware)
-        return load_engine(artefact, hardware, self._describe, self.name)
+        engine = load_engine(artefact, hardware, self._describe, self.name)
+        engine.reads_stored = self.dtype == "float32"
+        return engine
 
     def _describe(self, operator: str) -> tuple[str, Execution]:
         if self.dtype == "float32":

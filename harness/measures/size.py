@@ -173,8 +173,11 @@ def bytes_read_per_token(engine: Engine, artefact: Path) -> int | None:
     """Return the stored bytes of the weights that one decoded token has to read, at least.
 
     All tensors but the embedding, of which one row is read (a tied one is read as the head); of a
-    stack of experts the share that a token is sent to. None where that cannot be told.
+    stack of experts the share that a token is sent to. None where that cannot be told, or where
+    the engine reads something else than what is stored (`reads_stored` false).
     """
+    if not getattr(engine, "reads_stored", True):
+        return None
     manifest = read_manifest(artefact)
     tensors, tied = tensor_bytes(engine, artefact), tied_tensors(artefact)
     if not tensors:

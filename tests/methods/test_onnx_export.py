@@ -188,6 +188,7 @@ def test_unquantized_round_trip(dtype: str, kind: str, tmp_path: Path) -> None:
     }
     assert {use.execution for use in uses} == {wanted[dtype][0]}
     assert all(wanted[dtype][1] in use.kernel for use in uses)
+    assert engine.reads_stored == (dtype == "float32")
 
 
 def test_float16_is_what_the_file_holds(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ class TellingEngine(BigramEngine):
     def __init__(self, stored: dict[str, int]) -> None:
         super().__init__(drawn_table(8))
         self.stored = stored
+        self.reads_stored = True
 
     def stored_bytes(self) -> dict[str, int]:
         return self.stored
@@ -146,6 +147,14 @@ def test_a_format_of_its_own_is_read_by_its_engine(tmp_path: Path) -> None:
     stored.popitem()
     with pytest.raises(SizeMismatchError):
         Size().run(TellingEngine(stored), context)
+
+
+def test_no_bytes_are_stated_where_the_engine_reads_others_than_are_stored(tmp_path: Path) -> None:
+    publish_unquantized(tmp_path / "a", "llama")
+    engine = TellingEngine({"a.weight": 8})
+    assert bytes_read_per_token(engine, tmp_path / "a") == 8
+    engine.reads_stored = False
+    assert bytes_read_per_token(engine, tmp_path / "a") is None
 
 
 def test_the_dtype_on_disk_counts_not_the_one_in_memory(tmp_path: Path) -> None:
