@@ -25,21 +25,28 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     """
     problems: list[str] = []
     notices: list[str] = []
+    shapes: dict[str, Any] = {}
     for config in job["configs"]:
         problems += _problems(config)
-        notices += _notices(config)
+        notices += _notices(config, shapes)
     found = {"problems": list(dict.fromkeys(problems)), "notices": list(dict.fromkeys(notices))}
     write_atomically(Path(job["found"]), json.dumps(found).encode())
 
 
-def _notices(config: dict[str, Any]) -> list[str]:
-    """Return what the method foresees for the model; what is wrong with either comes out later."""
+def _notices(config: dict[str, Any], shapes: dict[str, Any]) -> list[str]:
+    """Return what the method foresees for the model; what is wrong with either comes out later.
+
+    `shapes` keeps the models on meta that have been built, one for all cells of a model.
+    """
     try:
         method = instantiate(config["method"])
         if not isinstance(method, ForeseeingMethod):
             return []
         source: ModelSource = instantiate(config["model"])
-        sentences = method.foresee(meta_model(source.architecture()))
+        key = json.dumps(config["model"], sort_keys=True)
+        if key not in shapes:
+            shapes[key] = meta_model(source.architecture())
+        sentences = method.foresee(shapes[key])
     except (ConfigError, InstantiationException):
         return []
     return [f"{source.name} {config['method']['name']}: {sentence}" for sentence in sentences]
