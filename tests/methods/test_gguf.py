@@ -22,6 +22,7 @@ from methods.gguf_imatrix import importance
 from methods.gguf_types import FILE_TYPES, FLOATS, TENSOR_TYPES
 from methods.llamacpp_kernels import uses_of
 from tests.architectures import BOS_ID, VOCABULARY, logits_of, tiny, tiny_ids, tiny_tokenizer
+from tests.methods.gguf_models import mean_kl
 from tests.methods.machine import Machine
 
 pytest.importorskip("llama_cpp")
@@ -68,11 +69,6 @@ def logits_from(method: Gguf, artefact: Path) -> Tensor:
     logits, _ = engine.prefill(tiny_ids())
     engine.close()
     return logits
-
-
-def mean_kl(expected: Tensor, logits: Tensor) -> float:
-    one, other = (part.double().log_softmax(-1) for part in (expected, logits))
-    return float((one.exp() * (one - other)).sum(-1).mean())
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from methods.base import SizedCache
 from methods.gguf_export import export
 from methods.llamacpp_engine import LlamaCppEngine, open_engine
 from tests.architectures import BOS_ID, VOCABULARY, logits_of, tiny, tiny_tokenizer
+from tests.methods.gguf_models import mean_kl
 from tests.methods.machine import Machine
 
 pytest.importorskip("llama_cpp")
@@ -73,11 +74,6 @@ def engine(path: Path) -> Iterator[LlamaCppEngine]:
 def ids_of(batch: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
-
-
-def mean_kl(expected: Tensor, logits: Tensor) -> float:
-    one, other = (part.double().log_softmax(-1) for part in (expected, logits))
-    return float((one.exp() * (one - other)).sum(-1).mean())
 
 
 def same(logits: Tensor, expected: Tensor) -> bool:
