@@ -189,8 +189,9 @@ class Speed:
                 "median_tpot_seconds_of_bursts": medians,
                 "last_burst_over_first": medians[-1] / medians[0],
                 "weight_bytes_per_token": read,
-                "weights_fit_into_caches": read is not None
-                and read <= processor_cache_bytes(device),
+                "weights_fit_into_caches": None
+                if read is None
+                else read <= processor_cache_bytes(device),
             }
         )
         return values
