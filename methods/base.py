@@ -139,8 +139,9 @@ class Engine(Protocol):
     def capabilities(self) -> frozenset[str]:
         """What the engine can give; a measure asks before it runs.
 
-        `logits`: prefill and decode; `cache`: prefill continues a cache; `generate`, `logprobs`:
-        texts and log-probabilities of given tokens (`Scoring`); `memory`: the model is in this
+        `logits`: prefill and decode; `cache`: prefill continues a cache; `fork`: a cache goes on in
+        several ways (`Forking`); `generate`, `logprobs`: texts (`Writing`, where there are no
+        logits) and log-probabilities of given tokens (`Scoring`); `memory`: the model is in this
         process, so that the process's memory and loading time are the model's; `serve`: requests
         from several clients at once (`Serving`).
         """
@@ -183,11 +184,49 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Forking(Protocol):
+    """An engine whose cache can be copied, so that what several texts begin with is read once.
+
+    Attributes:
+        most_forked: most sequences of a cache that is forked, and of its forks; None: any number.
+    """
+
+    most_forked: ClassVar[int | None]
+
+    def fork(self, cache: Cache, rows: Sequence[int]) -> Cache:
+        """Return a cache of its own with the sequences `rows` of `cache`, which may repeat.
+
+        `cache` is left as it was.
+        """
+        ...
+
+
+@runtime_checkable
 class Scoring(Protocol):
     """An engine that scores given tokens without showing its logits (a server)."""
 
     def token_log_likelihoods(self, input_ids: Tensor) -> Tensor:
         """Return log p(token | those before it), nats, float32 [B, T - 1], of int64 [B, T]."""
+        ...
+
+    def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same, and whether each token is the likeliest there, bool [B, T - 1].
+
+        Raises:
+            ConfigError: the engine does not tell which is the likeliest.
+        """
+        ...
+
+
+@runtime_checkable
+class Writing(Protocol):
+    """An engine that writes texts without showing its logits (a server)."""
+
+    def write(self, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[str]) -> list[str]:
+        """Return the text behind the tokens of each prompt, greedily, at most `most` tokens.
+
+        It may end at the first of `stops`, or go on behind it.
+        """
         ...
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from methods.base import Cache, KernelUse
 
-CAPABILITIES = frozenset({"logits", "cache", "generate", "logprobs", "memory"})
+CAPABILITIES = frozenset({"logits", "cache", "fork", "generate", "logprobs", "memory"})
+
+FORKED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache whose state is keys and values, and which never change those in place."""
 
 
 def cap_attention(model: Any) -> None:
@@ -30,16 +36,20 @@ class TorchEngine:
     length; a causal model may be right-padded, since no token sees what follows it.
     """
 
+    most_forked: ClassVar[None] = None
+
     def __init__(self, model: Any, device: str, uses: list[KernelUse]) -> None:
         cap_attention(model)
         self.model = model
         self.device = torch.device(device)
         self._uses = uses
+        layers = DynamicCache(config=model.config).layers
+        self._forks = all(type(layer) in FORKED_LAYERS for layer in layers)
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Everything but serving: logits, a cache, generation, log-probabilities, memory."""
-        return CAPABILITIES
+        """Everything but serving; no fork where a layer keeps more than keys and values."""
+        return CAPABILITIES if self._forks else CAPABILITIES - {"fork"}
 
     @property
     def runtime(self) -> str:
@@ -74,6 +84,23 @@ class TorchEngine:
     def decode(self, token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read int64 [B, 1]; return float32 logits [B, 1, V] and the advanced cache."""
         return self.prefill(token, cache)
+
+    def fork(self, cache: Cache, rows: Sequence[int]) -> Cache:
+        """Return a cache with the sequences `rows` of `cache`, which is left as it was."""
+        forked = copy.copy(cache)
+        forked.layers = [copy.copy(layer) for layer in cache.layers]
+        same = len(set(rows)) == 1
+        for layer in forked.layers:
+            if same:
+                # A view: the next tokens make new tensors anyway.
+                part = slice(rows[0], rows[0] + 1)
+                layer.keys = layer.keys[part].expand(len(rows), -1, -1, -1)
+                layer.values = layer.values[part].expand(len(rows), -1, -1, -1)
+            else:
+                index = torch.tensor(rows, device=layer.keys.device)
+                layer.keys = layer.keys.index_select(0, index)
+                layer.values = layer.values.index_select(0, index)
+        return forked
 
     def kernels(self) -> list[KernelUse]:
         """Return what runs each matrix."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,16 +195,24 @@ class Context:
             raise RuntimeError("the engine is closed")
         if tokens <= self.capacity and outputs <= self.outputs:
             return
-        states = [self._state(sequence) for sequence in range(self.sequences)]
+        states = self.states()
         self.api.llama_free(self.pointer)
         self.pointer = None
         self.outputs = max(outputs, self.outputs)
         # Doubled, so that decoding token by token seldom comes here.
         wanted = tokens if tokens <= self.capacity else max(tokens, 2 * self.capacity)
         self.pointer = self._create(max(self._with_room(wanted), self.capacity))
+        self.take_states(states)
+
+    def states(self) -> list[Any]:
+        """Return the keys and values of all sequences as llama.cpp's own bytes."""
+        return [self._state(sequence) for sequence in range(self.sequences)]
+
+    def take_states(self, states: Sequence[Any]) -> None:
+        """Take what `states` of a context of as many sequences returned."""
         for sequence, state in enumerate(states):
             if self.api.llama_state_seq_set_data(self.pointer, state, len(state), sequence) == 0:
-                raise RuntimeError("llama.cpp did not take the keys and values of a smaller cache")
+                raise RuntimeError("llama.cpp did not take the keys and values of another cache")
 
     def _state(self, sequence: int) -> Any:
         size = self.api.llama_state_seq_get_size(self.pointer, sequence)

@@ -21,12 +21,12 @@ import ctypes
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -133,6 +133,8 @@ class LlamaCppCache:
 class LlamaCppEngine:
     """A model that llama.cpp loaded; see the module's text for its conventions."""
 
+    most_forked: ClassVar[int] = 1
+
     def __init__(self, path: Path, model: Model, uses: list[KernelUse]) -> None:
         self._path = path
         self._model = model
@@ -142,7 +144,7 @@ class LlamaCppEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Everything but serving: logits, a cache, generation, log-probabilities, memory."""
+        """Everything but serving: logits, caches that fork, generation, memory."""
         return CAPABILITIES
 
     @property
@@ -187,6 +189,23 @@ class LlamaCppEngine:
     def decode(self, token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read int64 [B, 1]; return float32 logits [B, 1, V] and the advanced cache."""
         return self.prefill(token, cache, last=1)
+
+    def fork(self, cache: Cache, rows: Sequence[int]) -> Cache:
+        """Return a copy of a cache of one sequence.
+
+        llama.cpp's own form of a sequence's state names the number of sequences of its context, so
+        that it is not taken by a context of another number.
+
+        Raises:
+            ValueError: there are several sequences.
+        """
+        if list(rows) != [0] or cache.sequences != 1:
+            raise ValueError("llama.cpp copies caches of one sequence only")
+        forked = LlamaCppCache(self._model, 1, cache.length, 1)
+        forked.context.ensure(cache.length, 1)
+        forked.context.take_states(cache.context.states())
+        forked.length = cache.length
+        return forked
 
     def _check(self, ids: np.ndarray[Any, Any], known: int, cache: LlamaCppCache | None) -> None:
         sequences, tokens = ids.shape

@@ -9,10 +9,10 @@ own fusions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ class OnnxCache:
 class OnnxEngine:
     """Runs a session of the graph token by token; caches of one engine are independent."""
 
+    most_forked: ClassVar[None] = None
+
     def __init__(self, session: Any, device: str, artefact: Path) -> None:
         self.session = session
         self.device = device
@@ -89,7 +91,7 @@ class OnnxEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Everything but serving: logits, a cache, generation, log-probabilities, memory."""
+        """Everything but serving: logits, caches that fork, generation, memory."""
         return CAPABILITIES
 
     @property
@@ -130,6 +132,18 @@ class OnnxEngine:
     def decode(self, token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Read int64 [B, 1]; return float32 logits [B, 1, V] and the advanced cache."""
         return self.prefill(token, cache)
+
+    def fork(self, cache: Cache, rows: Sequence[int]) -> Cache:
+        """Return a cache with copies of the sequences `rows` of `cache`."""
+        from onnxruntime import OrtValue
+
+        index = list(rows)
+        return OnnxCache(
+            [
+                OrtValue.ortvalue_from_numpy(value.numpy()[index], self.device)
+                for value in cache.values
+            ]
+        )
 
     def _empty(self, batch: int) -> OnnxCache:
         from onnxruntime import OrtValue

@@ -18,7 +18,15 @@ from kernels.errors import ConfigError
 from methods.base import Cache, KernelUse
 from methods.server_client import ServerClient
 from methods.server_http import Json, ServerError
-from methods.server_scoring import PROBES, REFUSED, Prompts, Scorer, find_scorer, prompt_tokens
+from methods.server_scoring import (
+    PROBES,
+    REFUSED,
+    Prompts,
+    Scored,
+    Scorer,
+    find_scorer,
+    prompt_tokens,
+)
 
 RUNTIMES = {
     "llamacpp": "llama.cpp server",
@@ -27,6 +35,9 @@ RUNTIMES = {
     "vllm": "vLLM server",
 }
 """What `owned_by` of a listed model says of the server."""
+
+MOST_STOPS = 4
+"""Stop strings that OpenAI's interface takes."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,9 @@ class ServerEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Requests, and log-probabilities where the server gives those of prompts."""
-        return frozenset({"serve", "logprobs"} if self._scorer else {"serve"})
+        """Requests, texts, and log-probabilities where the server gives those of prompts."""
+        found = {"serve", "generate"}
+        return frozenset(found | {"logprobs"} if self._scorer else found)
 
     @property
     def runtime(self) -> str:
@@ -132,10 +144,46 @@ class ServerEngine:
         Raises:
             ServerError: the server cannot score these tokens, or failed.
         """
+        return self._logprobs(self._scored(input_ids))
+
+    def token_scores(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same, and whether each token is the likeliest there, bool [B, T - 1].
+
+        Raises:
+            ServerError: as above.
+            ConfigError: the server does not say which token is the likeliest.
+        """
+        rows = self._scored(input_ids)
+        # Behind BOS a server may say nothing at all, as it gives no value there.
+        if any(one.likeliest is None and one.logprob == one.logprob for row in rows for one in row):
+            raise ConfigError(f"the {self.runtime} does not say which token is the likeliest")
+        likeliest = [[bool(one.likeliest) for one in row] for row in rows]
+        return self._logprobs(rows), torch.tensor(likeliest)
+
+    def _scored(self, input_ids: Tensor) -> list[list[Scored]]:
         if self._scorer is None:
             raise ConfigError(f"the {self.runtime} gives no log-probabilities of prompts")
-        rows = [self._scorer.score(row) for row in input_ids.tolist()]
-        return torch.tensor(rows, dtype=torch.float64).float()
+        return [self._scorer.score(row) for row in input_ids.tolist()]
+
+    @staticmethod
+    def _logprobs(rows: list[list[Scored]]) -> Tensor:
+        values = [[one.logprob for one in row] for row in rows]
+        return torch.tensor(values, dtype=torch.float64).float()
+
+    def write(self, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[str]) -> list[str]:
+        """Return the text behind the tokens of each prompt, greedily, at most `most` tokens.
+
+        The server is told the first of `stops`; a text may go on behind the others.
+        """
+        return [self._text(prompt, most, stops) for prompt in prompts]
+
+    def _text(self, prompt: Sequence[int], most: int, stops: Sequence[str]) -> str:
+        body = _body(self._served, self._prompts, prompt, most)
+        answer = self._client.complete({**body, "stop": list(stops[:MOST_STOPS])})
+        text = answer["choices"][0].get("text")
+        if not isinstance(text, str):
+            raise ServerError(f"{self._client.endpoint.at('/completions')} answers without a text")
+        return text
 
     def respond(self, prompt: Sequence[int], new_tokens: int) -> Completion:
         """Generate `new_tokens` tokens behind `prompt`; see `Serving`."""

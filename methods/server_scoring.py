@@ -68,28 +68,39 @@ class Prompts:
         return text
 
 
-Way = Callable[[ServerClient, str, Prompts, Sequence[int]], list[float]]
+@dataclass(frozen=True)
+class Scored:
+    """What a server says of a token: nats, and whether it is the likeliest (None: not said)."""
+
+    logprob: float
+    likeliest: bool | None
+
+
+Way = Callable[[ServerClient, str, Prompts, Sequence[int]], list[Scored]]
 
 
 def by_prompt_logprobs(
     client: ServerClient, model: str, prompts: Prompts, ids: Sequence[int]
-) -> list[float]:
-    """Return T - 1 log-probabilities of the T `ids`, by vLLM's `prompt_logprobs`."""
+) -> list[Scored]:
+    """Return what is said of all but the first of `ids`, by vLLM's `prompt_logprobs`."""
     answer = _ask(client, model, prompts, ids, {"prompt_logprobs": 1})
     entries = answer["choices"][0].get("prompt_logprobs")
     if not isinstance(entries, list) or len(entries) != len(ids):
         raise NotScoredError(f"{_where(client)} gives no prompt_logprobs")
     pairs = list(zip(entries, ids, strict=True))[1:]
-    return [_number(client, _of(entry, token)) for entry, token in pairs]
+    return [_of_entry(client, entry, token) for entry, token in pairs]
 
 
-def _of(entry: Json, token: int) -> Json:
+def _of_entry(client: ServerClient, entry: Json, token: int) -> Scored:
+    """Return what vLLM's entry says: the token itself and the likeliest, by token id."""
     found = entry.get(str(token)) if isinstance(entry, dict) else None
-    return found.get("logprob") if isinstance(found, dict) else None
+    logprob = _number(client, found.get("logprob") if isinstance(found, dict) else None)
+    others = [other.get("logprob") for other in entry.values() if isinstance(other, dict)]
+    return Scored(logprob, all(logprob >= _number(client, other) for other in others))
 
 
-def by_echo(client: ServerClient, model: str, prompts: Prompts, ids: Sequence[int]) -> list[float]:
-    """Return T - 1 log-probabilities of the T `ids`, by OpenAI's `echo` with `logprobs`.
+def by_echo(client: ServerClient, model: str, prompts: Prompts, ids: Sequence[int]) -> list[Scored]:
+    """Return what is said of all but the first of `ids`, by OpenAI's `echo` with `logprobs`.
 
     A server may leave BOS out of the list; then what follows it has no value: NaN.
 
@@ -108,7 +119,20 @@ def by_echo(client: ServerClient, model: str, prompts: Prompts, ids: Sequence[in
         at = _positions(client, prompts, ids, [str(token) for token in tokens])
     if len(values) <= at[-1]:
         raise NotScoredError(f"{_where(client)} gives logprobs of a part of the prompt only")
-    return [math.nan if i < 1 else _number(client, values[i]) for i in at[1:]]
+    tops = found.get("top_logprobs") if isinstance(found, dict) else None
+    tops = tops if isinstance(tops, list) and len(tops) == len(values) else [None] * len(values)
+    return [
+        Scored(math.nan, None) if i < 1 else _of_position(client, values[i], tops[i])
+        for i in at[1:]
+    ]
+
+
+def _of_position(client: ServerClient, value: Json, top: Json) -> Scored:
+    """Return what OpenAI's lists say of one token; `top` holds at least the likeliest."""
+    logprob = _number(client, value)
+    if not isinstance(top, dict) or not top:
+        return Scored(logprob, None)
+    return Scored(logprob, all(logprob >= _number(client, other) for other in top.values()))
 
 
 def _positions(
@@ -201,8 +225,8 @@ class Scorer:
     led: bool
     bare: bool
 
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of all `ids` but the first.
+    def score(self, ids: Sequence[int]) -> list[Scored]:
+        """Return what the server says of all `ids` but the first.
 
         Raises:
             ServerError: the server cannot score them, or not rightly.
@@ -264,7 +288,7 @@ def _check(client: ServerClient, model: str, prompts: Prompts, way: Way, led: bo
         way(client, model, prompts, ids)
         for token, logprob in _alternatives(client, model, prompts, ids):
             try:
-                found = way(client, model, prompts, [*ids, token])[-1]
+                found = way(client, model, prompts, [*ids, token])[-1].logprob
             except NotScoredError:
                 continue  # as text this token may become another: the next alternative
             checked = True

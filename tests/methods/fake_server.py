@@ -43,6 +43,11 @@ def expected(ids: list[int]) -> list[float]:
     return [float(TABLE[a, b]) for a, b in pairwise(ids)]
 
 
+def likeliest(before: int) -> int:
+    """Return the likeliest token behind `before`."""
+    return int(TABLE[before].argmax())
+
+
 @dataclass
 class Fake:
     """What the server is like.
@@ -124,9 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("logprobs") is not None:
             choice["logprobs"] = self._logprobs(body, ids, made)
         if "prompt_logprobs" in body and self.fake.prompt_logprobs:
-            pairs = zip(ids[1:], expected(ids), strict=True)
             rest = [
-                {str(token): {"logprob": value}, "999": {"logprob": 0}} for token, value in pairs
+                {str(i): {"logprob": float(TABLE[before, i])} for i in (likeliest(before), token)}
+                for before, token in pairwise(ids)
             ]
             choice["prompt_logprobs"] = [None, *rest]
         answer: dict[str, Any] = {"choices": [choice]}
@@ -149,10 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
                 shown = ids
             elif self.fake.echo == "shifted":
                 shown, values = shown[1:], values[1:]
-        tops = [
+        behind = [*ids, *made][:-1] if body.get("echo") else [ids[-1], *made][: len(made)]
+        tops: list[dict[str, float] | None] = [
             {TOKENIZER.decode([int(i)]): float(TABLE[before, i]) for i in TABLE[before].topk(5)[1]}
-            for before in [ids[-1], *made][: len(made)]
+            for before in behind
         ]
+        if body.get("echo"):
+            tops = [None, *tops][len(tops) + 1 - len(values) :]
         listed: list[float | None] = list(values)
         if body.get("echo"):
             listed[0] = None

@@ -18,6 +18,7 @@ from methods.base import SizedCache
 from methods.gguf_export import export
 from methods.llamacpp_engine import LlamaCppEngine, open_engine
 from tests.architectures import BOS_ID, VOCABULARY, logits_of, tiny, tiny_tokenizer
+from tests.methods.forks import check_fork, drawn
 from tests.methods.gguf_models import mean_kl
 from tests.methods.machine import Machine
 
@@ -82,7 +83,7 @@ def same(logits: Tensor, expected: Tensor) -> bool:
 
 def test_it_says_what_it_is(engine: LlamaCppEngine) -> None:
     assert engine.runtime == "llama.cpp"
-    assert engine.capabilities == {"logits", "cache", "generate", "logprobs", "memory"}
+    assert engine.capabilities == {"logits", "cache", "fork", "generate", "logprobs", "memory"}
     assert (engine.vocab_size, engine.context_length) == (VOCABULARY, LENGTH)
     assert engine.kernels() == []
 
@@ -174,6 +175,14 @@ def test_the_context_of_a_dropped_cache_serves_the_next_one(
     assert same(logits, logits_of(model, longer))
     _, other = engine.prefill(ids[:1], last=1)
     assert other.context is not context
+
+
+def test_a_cache_of_one_sequence_goes_on_in_several_ways(engine: LlamaCppEngine) -> None:
+    assert "fork" in engine.capabilities
+    check_fork(engine, drawn(4, VOCABULARY))
+    _, cache = engine.prefill(ids_of(2, 20), last=1)
+    with pytest.raises(ValueError, match="caches of one sequence only"):
+        engine.fork(cache, [0, 0])
 
 
 def test_keys_and_values_take_what_is_said(engine: LlamaCppEngine) -> None:

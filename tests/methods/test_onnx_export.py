@@ -23,6 +23,7 @@ from methods.onnx_export import export, float32_notes, select_maps
 from methods.onnx_unquantized import OnnxUnquantized
 from methods.packed import PathDisagreementError, compare_paths
 from tests.architectures import CONTEXT, VOCABULARY, logits_of, tiny, tiny_ids
+from tests.methods.forks import check_fork, drawn
 from tests.methods.int8_models import divergence
 from tests.methods.machine import Machine
 from tests.methods.onnx_models import (
@@ -101,6 +102,13 @@ def test_caches_are_independent_and_say_their_size() -> None:
     assert one.length == other.length == 12
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_cache_goes_on_in_several_ways(kind: str) -> None:
+    engine = engine_of(kind)
+    assert "fork" in engine.capabilities
+    check_fork(engine, drawn(4, engine.vocab_size))
+
+
 def test_one_token_at_the_start_and_the_whole_context() -> None:
     engine, ids = engine_of("gpt2"), tiny_ids(1, CONTEXT)
     expected = logits_of(small("gpt2"), ids)
@@ -112,7 +120,7 @@ def test_one_token_at_the_start_and_the_whole_context() -> None:
 def test_the_engine_says_what_it_is() -> None:
     engine = engine_of("qwen2", threads=2)
     assert engine.runtime == "onnxruntime"
-    assert engine.capabilities == {"logits", "cache", "generate", "logprobs", "memory"}
+    assert engine.capabilities == {"logits", "cache", "fork", "generate", "logprobs", "memory"}
     assert (engine.vocab_size, engine.context_length) == (VOCABULARY, CONTEXT)
     assert isinstance(engine, Storing)
     options = engine.session.get_session_options()

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.errors import ConfigError
-from methods.base import Scoring
+from methods.base import Scoring, Writing
 from methods.server_client import ServerClient
 from methods.server_engine import Served, ServerEngine, Serving, leading_token
 from methods.server_http import Endpoint, Secret, ServerError, Timeouts, parse_address
 from tests.architectures import BOS_ID, VOCABULARY
-from tests.methods.fake_server import MODEL, TOKENIZER, Fake, expected, running
+from tests.methods.fake_server import (
+    MODEL,
+    TOKENIZER,
+    Fake,
+    expected,
+    generated,
+    likeliest,
+    running,
+)
 
 SERVED = Served(MODEL, "a server", VOCABULARY, 64)
 TEXT = TOKENIZER("so it is near the sea, to the east.", add_special_tokens=False).input_ids
@@ -44,7 +53,7 @@ def test_an_engine_answers_the_protocols() -> None:
     with engine_on(Fake()) as engine:
         assert isinstance(engine, Serving)
         assert isinstance(engine, Scoring)
-        assert engine.capabilities == {"serve", "logprobs"}
+        assert engine.capabilities == {"serve", "generate", "logprobs"}
         assert (engine.runtime, engine.vocab_size, engine.context_length) == (
             "a server",
             VOCABULARY,
@@ -68,6 +77,31 @@ def test_ids_are_scored_exactly(prompt_logprobs: bool) -> None:
     assert engine.notes == (f"tokens are scored by the server's {way}, from prompts as token ids",)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([expected(row) for row in rows]))
+
+
+@pytest.mark.parametrize("prompt_logprobs", [True, False])
+def test_the_likeliest_tokens_are_known(prompt_logprobs: bool) -> None:
+    ids = [TEXT[0]]
+    for token in (likeliest(TEXT[0]), TEXT[1], TEXT[2]):
+        ids += [token, likeliest(token)]
+    fake = Fake(prompt_logprobs=prompt_logprobs, echo="none" if prompt_logprobs else "right")
+    with engine_on(fake) as engine:
+        values, found = engine.token_scores(torch.tensor([ids]))
+    torch.testing.assert_close(values, torch.tensor([expected(ids)]))
+    wanted = [after == likeliest(before) for before, after in pairwise(ids)]
+    assert found.tolist() == [wanted]
+    assert set(wanted) == {True, False}
+
+
+def test_texts_are_written_greedily() -> None:
+    fake = Fake()
+    with engine_on(fake) as engine:
+        assert isinstance(engine, Writing)
+        texts = engine.write([TEXT, TEXT[:3]], 5, ["a", "b", "c", "d", "e"])
+    body = fake.requests[-1]
+    assert texts == [TOKENIZER.decode(generated(ids, 5)) for ids in (TEXT, TEXT[:3])]
+    assert body["stop"] == ["a", "b", "c", "d"]
+    assert (body["max_tokens"], body["temperature"]) == (5, 0)
 
 
 def test_text_is_scored_on_the_same_tokens() -> None:
@@ -96,7 +130,7 @@ def test_logprobs_of_other_positions_are_found_out() -> None:
         assert torch.isnan(found[0, 0]), "the server gives none of the first token behind BOS"
         torch.testing.assert_close(found[0, 1:], torch.tensor(expected(ids)[1:]))
     with engine_on(Fake(takes_ids=False, echo="shifted"), PlainTokenizer()) as engine:
-        assert engine.capabilities == {"serve"}
+        assert engine.capabilities == {"serve", "generate"}
         assert "without BOS that are not those of its tokens" in engine.notes[-1]
         with pytest.raises(ConfigError, match="gives no log-probabilities of prompts"):
             engine.token_log_likelihoods(torch.tensor([TEXT]))
@@ -113,7 +147,7 @@ def test_logprobs_of_other_positions_are_found_out() -> None:
 )
 def test_a_server_without_right_logprobs_serves_only(fake: Fake, says: str) -> None:
     with engine_on(fake) as engine:
-        assert engine.capabilities == {"serve"}
+        assert engine.capabilities == {"serve", "generate"}
         assert engine.respond(TEXT, 4).tokens == 4
     assert engine.notes[-1].startswith("tokens cannot be scored: ")
     assert says in engine.notes[-1]
@@ -160,7 +194,7 @@ def test_the_whole_length_is_asked_for_where_the_server_lets() -> None:
 def test_without_a_tokenizer_ids_are_sent() -> None:
     with engine_on(Fake(), None) as engine:
         assert engine.respond([1, 2, 3], 4).tokens == 4
-        assert engine.capabilities == {"serve"}
+        assert engine.capabilities == {"serve", "generate"}
         assert engine.notes[-1] == "tokens cannot be scored: the model has no tokenizer"
     with (
         pytest.raises(ServerError, match="text only, and the model has no tokenizer"),
