@@ -1,16 +1,21 @@
 """An engine as a model of lm-eval (0.4.13), with the tokenization rules of its own HF model.
 
-Source of the rules: `lm_eval.models.huggingface.HFLM`. Requests are sorted by length and batched;
-requests that differ in their last token only (choices of one token after a shared question) are
-one forward. This module imports lm_eval, so `harness.measures.tasks` imports it only to run.
+Source of the rules: `lm_eval.models.huggingface.HFLM` and `lm_eval.api.model.TemplateLM`. Rows
+that differ in their last token only (choices of one token after a question) are one row, rows that
+begin alike are read on from one cache (`harness.measures.reading`), and the tokens of a set of
+requests are kept in the sweep's cache, so that the cells of a model share them. This module imports
+lm_eval, so `harness.measures.tasks` imports it only to run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import lm_eval.utils
@@ -24,9 +29,14 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from harness.measures.windows import FLOAT_BYTES, LOGITS_BYTES
+from harness.cache import Cache
+from harness.data import tokenizer_digest
+from harness.measures.reading import RowReader, write_greedily
+from harness.measures.request_tokens import Pair, TokenPair, packed, unpacked
+from harness.measures.shared_prefix import Row
+from harness.record import digest
 from kernels.errors import ConfigError
-from methods.base import Engine
+from methods.base import Engine, Scoring, Writing
 
 Request = tuple[Any, list[int], list[int]]
 """What lm-eval calls the request, the context's tokens, the continuation's tokens."""
@@ -34,21 +44,43 @@ Request = tuple[Any, list[int], list[int]]
 Score = tuple[float, bool]
 """Log-likelihood of the continuation in nats; whether greedy decoding would have written it."""
 
+MAX_GEN_TOKS = 256
+"""Tokens that a task which says nothing of it lets a model write: lm-eval's own default."""
+
+TOKENIZED = "requests"
+
+ENCODED_AT_ONCE = 4096
+"""Requests whose texts and tokens are held at once while they are encoded."""
+
 
 class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
-    """Answers lm-eval's three kinds of request through `Engine.prefill` and `Engine.decode`."""
+    """Answers lm-eval's three kinds of request through an engine.
+
+    Args:
+        engine: shows logits and continues caches, or else is `Scoring` and `Writing`.
+        tokenizer: the model's Hugging Face tokenizer.
+        batch_size: sequences read at once.
+        stop_ids: tokens that end a text, beside the tokenizer's own end of text.
+        cache: where the tokens of requests are kept; None keeps none.
+    """
 
     backend = "causal"
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, batch_size: int, stop_ids: Iterable[int]
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        batch_size: int,
+        stop_ids: Iterable[int],
+        cache: Cache | None = None,
     ) -> None:
         super().__init__()
         self.engine = engine
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.stop_ids = frozenset(stop_ids) | {self.eot_token_id}
-        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+        self.cache = cache
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -66,97 +98,169 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         """Most tokens the engine reads."""
         return self.engine.context_length
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Return the tokens of `string`, special ones as the tokenizer adds them by itself.
+    @property
+    def tokenizer_name(self) -> str:
+        """Identity of the tokenizer, chat template included."""
+        return digest([tokenizer_digest(self.tokenizer), self.tokenizer.chat_template])
 
-        Contexts come back once for each of their continuations, so results are kept.
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the messages as the tokenizer's own chat template writes them.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
         """
-        key = (string, add_special_tokens)
-        if key not in self._encoded:
-            prefix = self.tokenizer.decode(self.prefix_token_id)
-            if add_special_tokens is None and string.startswith(prefix):
-                add_special_tokens = False
-            if add_special_tokens is None:
-                ids = self.tokenizer.encode(string)
-            else:
-                ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-            self._encoded[key] = ids
-        return self._encoded[key]
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "the model's tokenizer has no chat template; set apply_chat_template=false"
+            )
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Return the tokens of `string`, special ones as the tokenizer adds them by itself."""
+        known = self._encoded.get(string) if add_special_tokens is None else None
+        return self._encode([string], add_special_tokens)[0] if known is None else known
+
+    def _encode(self, strings: Sequence[str], special: bool | None = None) -> list[list[int]]:
+        """Return the tokens of each string; a tokenizer of its own threads is given many at once.
+
+        A text that begins with BOS gets no second one.
+        """
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        led = [special is None and string.startswith(prefix) for string in strings]
+        found: list[list[int]] = [[] for _ in strings]
+        for of_led in (False, True):
+            places = [place for place, one in enumerate(led) if one is of_led]
+            if places:
+                texts = [strings[place] for place in places]
+                options = {} if special is None else {"add_special_tokens": special}
+                options = {"add_special_tokens": False} if of_led else options
+                ids = self.tokenizer(texts, **options, verbose=False).input_ids
+                for place, tokens in zip(places, ids, strict=True):
+                    found[place] = tokens
+        return found
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Score]:
-        """Score continuations; encoding is lm-eval's own."""
-        scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
+        """Score continuations behind contexts; encoding is lm-eval's own."""
+        pairs: list[Pair] = [request.args for request in requests]
+        tokens = self._kept_tokens(pairs)
+        return self._loglikelihood_tokens(
+            [(pair, *both) for pair, both in zip(pairs, tokens, strict=True)]
+        )
+
+    def _kept_tokens(self, pairs: Sequence[Pair]) -> list[TokenPair]:
+        """Return (context, continuation) as tokens, from the cache where they are there."""
+        if self.cache is None:
+            return self._encode_pairs(pairs)
+        state = hashlib.sha256()
+        for text in itertools.chain.from_iterable(pairs):
+            state.update(f"{len(text)}:".encode() + text.encode())
+        key = [
+            state.hexdigest(),
+            tokenizer_digest(self.tokenizer),
+            [metadata.version(name) for name in ("lm_eval", "tokenizers", "transformers")],
+        ]
+        return unpacked(
+            self.cache.get(TOKENIZED, key, lambda: packed(pairs, self._encode_pairs(pairs)))
+        )
+
+    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[TokenPair]:
+        """Return (context, continuation) as tokens by `TemplateLM`'s rules.
+
+        The texts that `_encode_pair` will ask for are encoded before, many at once.
+        """
+        found: list[TokenPair] = []
+        for start in range(0, len(pairs), ENCODED_AT_ONCE):
+            part = pairs[start : start + ENCODED_AT_ONCE]
+            texts = {text for context, rest in part for text in (context.rstrip(), context + rest)}
+            ordered = sorted(texts)
+            self._encoded = dict(zip(ordered, self._encode(ordered), strict=True))
+            found += [self._encode_one(*pair) for pair in part]
+        self._encoded = {}
+        return found
+
+    def _encode_one(self, context: str, continuation: str) -> TokenPair:
+        if context:
+            context_ids, ids = self._encode_pair(context, continuation)
+            return context_ids, ids
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[:1] == [self.prefix_token_id]:
+            return ids[:1], ids[1:]
+        return [self.prefix_token_id], ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True
+    ) -> list[Score]:
+        for _, _, continuation in requests:
+            if not continuation or len(continuation) > self.max_length:
+                raise ConfigError(
+                    f"a continuation of {len(continuation)} tokens cannot be scored by a model "
+                    f"that reads {self.max_length}"
+                )
+        if "logits" not in self.engine.capabilities:
+            return self._scores_without_logits(requests)
+        # Requests with equal input (all tokens but the last) share a row.
+        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            asked[tuple((context + continuation)[-(self.max_length + 1) :][:-1])].append(index)
+        inputs = list(asked)
+        rows = [
+            Row(tokens, len(tokens) - max(len(requests[index][2]) for index in asked[tokens]))
+            for tokens in inputs
+        ]
+        scores: dict[int, Score] = {}
+        for place, logits in RowReader(self.engine, self.batch_size).logits(rows):
+            members = asked[inputs[place]]
+            found = _scores(logits, [requests[index][2] for index in members])
+            scores.update(zip(members, found, strict=True))
+        return [scores[index] for index in range(len(requests))]
+
+    def _scores_without_logits(self, requests: Sequence[Request]) -> list[Score]:
+        """Return the scores by an engine that gives log-probabilities of whole texts."""
+        engine = self.engine
+        assert isinstance(engine, Scoring)
+        scores = []
+        for _, context, continuation in requests:
+            ids = torch.tensor([(context + continuation)[-self.max_length :]])
+            likelihoods, likeliest = (
+                found[0, -len(continuation) :] for found in engine.token_scores(ids)
+            )
+            scores.append((float(likelihoods.sum(dtype=torch.float64)), bool(likeliest.all())))
         return scores
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[float]:
         """Return the log-likelihood of whole texts; windows predict each token once."""
-        totals = []
-        for request in requests:
+        parts: list[Request] = []
+        counts = []
+        for tokens in self._encode([request.args[0] for request in requests]):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=tokens,
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            parts = [(None, *make_disjoint_window(window)) for window in windows]
-            totals.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
-        return totals
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = True
-    ) -> list[Score]:
-        # Requests with equal input (all tokens but the last) share a row of a forward.
-        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, (_, context, continuation) in enumerate(requests):
-            if not continuation or len(continuation) > self.max_length:
-                raise ConfigError(
-                    f"a continuation of {len(continuation)} tokens cannot be scored by a model "
-                    f"that reads {self.max_length}"
-                )
-            rows[tuple((context + continuation)[-(self.max_length + 1) :][:-1])].append(index)
-        scores: dict[int, Score] = {}
-        ordered = sorted(rows, key=lambda row: (-len(row), row))
-        for batch in self._batches(ordered):
-            longest_scored = max(len(requests[i][2]) for row in batch for i in rows[row])
-            first = min(map(len, batch)) - longest_scored
-            logits, offset = self._read(batch, max(0, first))
-            for row, row_logits in zip(batch, logits, strict=True):
-                for index in rows[row]:
-                    continuation = requests[index][2]
-                    end = len(row) - offset
-                    scored = row_logits[end - len(continuation) : end]
-                    scores[index] = _score(scored, continuation)
-        return [scores[index] for index in range(len(requests))]
-
-    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Yield consecutive rows, so many that their logits stay under LOGITS_BYTES."""
-        start = 0
-        while start < len(rows):
-            row_bytes = len(rows[start]) * self.engine.vocab_size * FLOAT_BYTES
-            size = max(1, min(self.batch_size, LOGITS_BYTES // row_bytes))
-            yield rows[start : start + size]
-            start += size
-
-    def _read(self, rows: Sequence[tuple[int, ...]], first: int) -> tuple[Tensor, int]:
-        """Return float32 logits [B, n, V] from position `first` on, and that position.
-
-        Rows are padded on the right, which no earlier token of a causal model sees.
-        """
-        length = max(map(len, rows))
-        padded = [[*row, *[0] * (length - len(row))] for row in rows]
-        logits, _ = self.engine.prefill(torch.tensor(padded), last=length - first)
-        return logits, first
+            found = [(None, *make_disjoint_window(window)) for window in windows]
+            counts.append(len(found))
+            parts += found
+        scores = iter(self._loglikelihood_tokens(parts))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Write on greedily until a stop string, an end of text or the limit of tokens."""
         texts = [""] * len(requests)
-        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         for index, request in enumerate(requests):
-            context, options = request.args
-            options = normalize_gen_kwargs(options)
+            options = normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS)
             if options.get("do_sample") or options.get("temperature"):
                 raise ConfigError("a task asks for sampling; only greedy generation is compared")
             most = int(options["max_gen_toks"])
@@ -165,59 +269,46 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
                     f"a task generates up to {most} tokens, but the model reads {self.max_length}"
                 )
             until = tuple(handle_stop_sequences(options.get("until"), eos=eos))
-            prompt = self._encode_prompt(context)[-(self.max_length - most) :]
-            groups[most, until].append((index, prompt))
+            groups[most, until].append(index)
         for (most, until), members in groups.items():
-            members.sort(key=lambda member: (-len(member[1]), member[1]))
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                written = self._write([prompt for _, prompt in batch], most, until)
-                for (index, _), tokens in zip(batch, written, strict=True):
-                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    texts[index] = postprocess_generated_text(text, list(until), None)
+            contexts = [requests[index].args[0] for index in members]
+            prompts = [ids[-(self.max_length - most) :] for ids in self._encode_prompts(contexts)]
+            for index, text in zip(members, self._write(prompts, most, until), strict=True):
+                texts[index] = postprocess_generated_text(text, list(until), None)
         return texts
 
-    def _encode_prompt(self, context: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        ids: list[int]
-        if bos is not None and context.startswith(bos):
-            ids = self.tokenizer.encode(context, add_special_tokens=False)
-        else:
-            ids = self.tokenizer.encode(context)
+    def _encode_prompts(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of prompts; unlike elsewhere, only a BOS that exists counts as one."""
+        if self.tokenizer.bos_token is not None:
+            return self._encode(contexts)
+        ids: list[list[int]] = self.tokenizer(list(contexts), verbose=False).input_ids
         return ids
 
     def _write(
-        self, prompts: Sequence[list[int]], most: int, until: Sequence[str]
-    ) -> list[list[int]]:
-        """Return the tokens written after each prompt, without the end of text.
+        self, prompts: Sequence[Sequence[int]], most: int, until: Sequence[str]
+    ) -> list[str]:
+        """Return the texts behind `prompts`, which may go on behind a stop string."""
+        if "logits" not in self.engine.capabilities:
+            assert isinstance(self.engine, Writing)
+            return self.engine.write(prompts, most, until)
 
-        All rows advance together: a prompt longer than the shortest is fed token by token while
-        the shorter ones already write, so a batch needs no padding.
-        """
-        position = min(map(len, prompts))
-        start = torch.tensor([prompt[:position] for prompt in prompts])
-        logits, cache = self.engine.prefill(start, last=1)
-        written: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-        while True:
-            tokens = logits[:, -1].argmax(-1).tolist()
-            for row, prompt in enumerate(prompts):
-                if position < len(prompt):
-                    tokens[row] = prompt[position]
-                elif not done[row]:
-                    done[row] = self._add(written[row], tokens[row], most, until)
-            if all(done):
-                return written
-            logits, cache = self.engine.decode(torch.tensor(tokens)[:, None], cache)
-            position += 1
+        def ends(tokens: list[int]) -> bool:
+            if tokens[-1] in self.stop_ids:
+                return True
+            text = self.tokenizer.decode(tokens)
+            return any(stop in text for stop in until)
 
-    def _add(self, written: list[int], token: int, most: int, until: Sequence[str]) -> bool:
-        """Append `token` to `written`; return whether the text ends here."""
-        if token in self.stop_ids:
-            return True
-        written.append(token)
-        text = self.tokenizer.decode(written)
-        return len(written) == most or any(stop in text for stop in until)
+        order = sorted(
+            range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index])
+        )
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            written = write_greedily(self.engine, [prompts[index] for index in batch], most, ends)
+            for index, tokens in zip(batch, written, strict=True):
+                kept = tokens[:-1] if tokens[-1] in self.stop_ids else tokens
+                texts[index] = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return texts
 
 
 @contextmanager
@@ -234,9 +325,15 @@ def templates_compiled_once() -> Iterator[None]:
         del environment.from_string
 
 
-def _score(logits: Tensor, continuation: list[int]) -> Score:
-    """Return the score of `continuation` (n tokens) under float32 `logits` [n, V]."""
-    targets = torch.tensor(continuation, device=logits.device)
-    found = logits.log_softmax(-1).gather(1, targets[:, None])
-    greedy = bool((logits.argmax(-1) == targets).all())
-    return float(found.sum(dtype=torch.float64)), greedy
+def _scores(logits: Tensor, continuations: Sequence[list[int]]) -> list[Score]:
+    """Return the score of each continuation, which ends at the end of float32 `logits` [n, V]."""
+    normalizer = logits.logsumexp(-1)
+    likeliest = logits.argmax(-1)
+    found = []
+    for continuation in continuations:
+        count = len(continuation)
+        targets = torch.tensor(continuation, device=logits.device)
+        terms = logits[-count:].gather(1, targets[:, None])[:, 0] - normalizer[-count:]
+        greedy = bool((likeliest[-count:] == targets).all())
+        found.append((float(terms.sum(dtype=torch.float64)), greedy))
+    return found

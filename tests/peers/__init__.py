@@ -1,0 +1,1 @@
+"""Other tools run on the same checkpoints, to be compared with."""
