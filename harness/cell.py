@@ -28,6 +28,8 @@ from harness.record import (
     read_record,
     write_record,
 )
+from harness.samples import FILE_NAME as SAMPLES
+from harness.task_identity import task_identity
 from kernels.errors import ConfigError
 
 
@@ -123,10 +125,12 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
     resolved["model"]["name"] = model.name
     size_only = bool(resolved["suite"].get("size_only"))
     if size_only:
-        model_identity, evaluation = model.architecture_identity(), ""
+        model_identity, evaluation, tasks = model.architecture_identity(), "", []
     else:
         model_identity = model.identity(runs_dir / "cache" / "digests.json")
         evaluation = data.evaluation_digest()
+        measures = resolved["suite"]["measures"].values()
+        tasks = task_identity(measures, data.task_folder(), runs_dir / "cache")
     if "commit" in model_identity:
         # The children load exactly what the keys were computed from.
         resolved["model"]["revision"] = model_identity["commit"]
@@ -140,7 +144,7 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
 
     artefact, baseline = key_of(resolved["method"]), key_of(resolved["baseline"])
-    key = identity.cell_key(artefact, baseline, resolved, evaluation)
+    key = identity.cell_key(artefact, baseline, resolved, evaluation, tasks)
     model_key = digest(model_identity)
     return Cell(
         config=resolved,
@@ -214,7 +218,8 @@ def run_cell(cell: Cell, stage: Stage) -> str:
             return "there"
         if cell.config["force"]:
             shutil.rmtree(cell.artefact(cell.artefact_key), ignore_errors=True)
-        (cell.folder / FILE_NAME).unlink(missing_ok=True)
+        for name in (FILE_NAME, SAMPLES):
+            (cell.folder / name).unlink(missing_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         failure = _run_stages(cell, stage)
         if failure is not None:

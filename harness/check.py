@@ -10,6 +10,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from harness.context import Checking
 from harness.launch import Stage
 from harness.load import meta_model
 from harness.models import ModelSource
@@ -69,8 +70,11 @@ def _problems(config: dict[str, Any]) -> list[str]:
                     f"method {method.name} cannot keep blocks away from the device "
                     "(hardware.offload); methods that can: fp32, bf16, fp16"
                 )
+        source = instantiate(config["model"])
         for node in config["suite"]["measures"].values():
-            instantiate(node)
+            measure = instantiate(node)
+            if isinstance(measure, Checking):
+                measure.check(source, Path(config["runs_dir"]).absolute() / "cache")
     except ConfigError as error:
         found.append(str(error))
     except InstantiationException as error:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from harness.cache import Cache
 from harness.data import Texts
 from harness.hardware import Hardware
+from harness.models import ModelSource
 from harness.record import Value
+from harness.samples import Answers
 from methods.base import Engine
 
 
@@ -38,7 +40,10 @@ class Context:
             tolerance its logits must keep to; None for a method with one path only.
         resident_at_start: bytes that the process held before the artefact was loaded.
         loaders: way -> what loads the artefact once more in that way; the only one is named "".
+        task_folder: holds the data of lm-eval's tasks as the hub names them; None: the hub does.
         details: what is not a number goes here, under the measure's name, and into the record.
+        answers: (metric, protocol) of a task's value -> questions and answers behind its samples.
+        problems: part of the running measure -> what kept it from being measured; the rest counts.
     """
 
     tokenizer: Any
@@ -54,7 +59,10 @@ class Context:
     dequantized: Callable[[], tuple[Engine, float]] | None = None
     resident_at_start: int = 0
     loaders: Mapping[str, Callable[[], Engine]] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    task_folder: Path | None = None
+    details: dict[str, Any] = field(default_factory=lambda: {"notes": []})
+    answers: dict[tuple[str, str], Answers] = field(default_factory=dict)
+    problems: dict[str, Exception] = field(default_factory=dict)
 
     def reference(self, kind: str, key: Any) -> dict[str, Any]:
         """Return a reference output that `Comparing.prepare` wrote.
@@ -105,4 +113,13 @@ class Comparing(Protocol):
 
     def prepare(self, reference: Engine, context: Context) -> None:
         """Put what the measure compares with into the cache; `reference` is the FP32 model."""
+        ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """A measure of which some mistakes show before any weight is loaded."""
+
+    def check(self, source: ModelSource, cache: Path) -> None:
+        """Raise ConfigError for what cannot work; `cache` is the folder that cells share."""
         ...

@@ -186,11 +186,14 @@ class DataSource(ABC):
             source knows (`wikitext2`, `c4`, `wikipedia`, `code`), or the path of a text file (with
             a / or ending in .txt); None is the source's own default.
         default_calibration: that default; None where there is none.
+        tasks: folder with the data of lm-eval's tasks, as the hub names them; None: the source's
+            own folder if it has one, or else the hub.
     """
 
     name: str
     text: str
     calibration: str | None
+    tasks: str | None
     default_calibration: ClassVar[str | None]
 
     @abstractmethod
@@ -266,6 +269,22 @@ class DataSource(ABC):
             )
         return None
 
+    def task_folder(self) -> Path | None:
+        """Return the folder that holds the data of tasks, None for the hub.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        if self.tasks is None:
+            return None
+        folder = Path(self.tasks).expanduser().resolve()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"data.tasks={self.tasks}: there is no folder {folder}; it must hold data sets as "
+                "the hub names them, such as Rowan/hellaswag/validation.parquet"
+            )
+        return folder
+
     def texts(self, tokenizer: Any, cache: Cache) -> Texts:
         """Return the texts as tokens of `tokenizer`, kept in `cache`."""
         return Texts(self, tokenizer, cache)
@@ -284,6 +303,7 @@ class EmbeddedData(DataSource):
     name: str
     text: str
     calibration: str | None = None
+    tasks: str | None = None
 
     default_calibration: ClassVar[str] = EMBEDDED
 
@@ -331,6 +351,7 @@ class LocalData(DataSource):
     split: str
     column: str
     calibration: str | None = None
+    tasks: str | None = None
 
     default_calibration: ClassVar[str] = "c4"
 
@@ -367,6 +388,10 @@ class LocalData(DataSource):
             "the method calibrates on; name another with data.calibration=NAME, or give a text file"
         )
 
+    def task_folder(self) -> Path | None:
+        """Return `tasks`, or the folder of the texts."""
+        return super().task_folder() or self._root()
+
     def _root(self) -> Path:
         root = Path(self.path).expanduser().resolve()
         if not root.is_dir():
@@ -396,6 +421,7 @@ class HubData(DataSource):
     revision: str
     calibrations: Mapping[str, Mapping[str, str]]
     calibration: str | None = None
+    tasks: str | None = None
 
     default_calibration: ClassVar[str] = "c4"
 
@@ -458,6 +484,7 @@ class TextFile(DataSource):
     text: str
     path: str
     calibration: str | None = None
+    tasks: str | None = None
 
     default_calibration: ClassVar[None] = None
 

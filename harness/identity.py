@@ -2,9 +2,10 @@
 
 Artefact key: model, method with all its options, calibration text, seed, and the versions of the
 code and libraries that make the artefact. Cell key: artefact key, hardware and machine, suite,
-evaluation text, baseline, and the versions of the code that measures. Code counts by the digest of
-its source files, so no result of older code is ever taken for one of today's; libraries count by
-the versions of those that this code imports, so that a new version makes its own cells new.
+evaluation text and task data, baseline, and the versions of the code that measures. Code counts by
+the digest of its source files, so no result of older code is ever taken for one of today's;
+libraries count by the versions of those that this code imports, so that a new version makes its
+own cells new.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ast
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -127,10 +128,21 @@ def artefact_key(
     )
 
 
-def cell_key(artefact: str, baseline: str, config: dict[str, Any], evaluation: str) -> str:
-    """Return the key of the cell that measures `artefact` as `config` says."""
+def cell_key(
+    artefact: str,
+    baseline: str,
+    config: dict[str, Any],
+    evaluation: str,
+    tasks: Sequence[Any] = (),
+) -> str:
+    """Return the key of the cell that measures `artefact` as `config` says.
+
+    `evaluation` is the text's digest; `tasks` what `harness.task_identity` found, and where that
+    is nothing the key is that of a cell without tasks.
+    """
     return digest(
         {
+            **({"tasks": list(tasks)} if tasks else {}),
             "artefact": artefact,
             "baseline": baseline,
             "hardware": _hardware(config),

@@ -30,6 +30,7 @@ from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
 from harness.record import Failure, Record, Status, Value, write_record
+from harness.samples import write_samples
 from kernels.errors import ConfigError
 from methods.base import Engine, KernelUse, LoadingMethod, Method, TwoPathMethod
 
@@ -45,6 +46,7 @@ class Progress:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.environment = describe(hardware)
         self.values: list[Value] = []
+        self.sampled: list[Value] = []
         self.errors: list[Failure] = []
         self.details: dict[str, Any] = {"notes": []}
 
@@ -139,14 +141,27 @@ def _run_one(
         return
     stage(name)
     try:
-        progress.values += measure.run(engine, context)
+        values = measure.run(engine, context)
     except (ReferenceMissingError, MemoryError):
         raise
-    except ConfigError as error:
-        progress.errors.append(Failure(name, "config", str(error)))
     except Exception as error:  # noqa: BLE001  # one measure may break, the next still runs
-        text = " ".join(str(error).split())
-        progress.errors.append(Failure(name, type(error).__name__, text))
+        progress.errors.append(_failure(name, error))
+        return
+    progress.values += values
+    progress.errors += [_failure(name, why, part) for part, why in context.problems.items()]
+    context.problems.clear()
+    if measure.quality and any(value.samples for value in values):
+        progress.sampled += values
+        write_samples(progress.sampled, context.answers, Path(progress.job["folder"]))
+
+
+def _failure(stage: str, error: Exception, part: str | None = None) -> Failure:
+    """Return what `error` says of a measure, or of a part of it: one sentence."""
+    config = isinstance(error, ConfigError)
+    text = str(error) if config else " ".join(str(error).split())
+    if part is not None and part not in text:
+        text = f"{part}: {text}"
+    return Failure(stage, "config" if config else type(error).__name__, text)
 
 
 def _context(job: dict[str, Any], hardware: Hardware, progress: Progress) -> Context:
@@ -154,16 +169,19 @@ def _context(job: dict[str, Any], hardware: Hardware, progress: Progress) -> Con
     tokenizer = load_tokenizer(Path(job["artefact"]))
     cache = Cache(Path(job["cache"]))
 
+    data = instantiate(config["data"])
+
     def load_baseline() -> Engine:
         method: Method = instantiate(config["baseline"])
         return method.load(Path(job["baseline_artefact"]), hardware)
 
     return Context(
         tokenizer=tokenizer,
-        texts=instantiate(config["data"]).texts(tokenizer, cache),
+        texts=data.texts(tokenizer, cache),
         hardware=hardware,
         artefact=Path(job["artefact"]),
         cache=cache,
+        task_folder=data.task_folder(),
         model_key=reference_model_key(job),
         random_weights=job["random_weights"],
         seed=config["seed"],

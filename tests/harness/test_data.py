@@ -379,3 +379,15 @@ def llama_tokenizer(path: Path) -> LlamaTokenizer:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = generate_merges(vocabulary, pieces)
     return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+
+
+def test_task_data_come_from_their_own_folder_or_that_of_the_texts(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    assert local(tmp_path).task_folder() == tmp_path
+    assert local(tmp_path, tasks=str(own)).task_folder() == own
+    embedded = EmbeddedData("embedded", "embedded")
+    assert embedded.task_folder() is None
+    assert EmbeddedData("embedded", "embedded", tasks=str(own)).task_folder() == own
+    with pytest.raises(ConfigError, match=r"data\.tasks=.*absent: there is no folder"):
+        local(tmp_path, tasks=str(tmp_path / "absent")).task_folder()

@@ -69,6 +69,13 @@ def test_the_cell_key_depends_on_what_is_measured_and_where(
     assert (identity.cell_key("a", "b", changed, "text") == before) is same
 
 
+def test_task_data_make_another_cell_and_none_make_the_same() -> None:
+    plain = identity.cell_key("a", "b", CONFIG, "text")
+    assert identity.cell_key("a", "b", CONFIG, "text", []) == plain
+    keys = {identity.cell_key("a", "b", CONFIG, "text", [{"data": data}]) for data in "cd"}
+    assert len(keys | {plain}) == 3
+
+
 def test_artefact_baseline_and_text_make_other_cells() -> None:
     keys = {
         identity.cell_key(artefact, baseline, CONFIG, text)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.embedded.generate import FOLDER
 from harness.embedded.tasks import FOLDER as TASKS
-from harness.embedded.tasks import NAMES, embedded_tasks
+from harness.embedded.tasks import NAMES
+from harness.task_index import parts_of, registry_of
 
 MODEL = FOLDER / "model"
 LIMIT = 60
@@ -56,9 +57,17 @@ def test_perplexity_of_held_out_text_is_low(model: Any, tokenizer: Any) -> None:
     assert float(loss.exp()) < 3.0
 
 
-def test_task_configurations_name_files_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def embedded_tasks(cache: Path) -> list[dict[str, Any]]:
+    """The definitions as lm-eval takes them, with their data files absolute."""
+    registry = registry_of(NAMES, parts_of(NAMES, None, cache), None, cache)
+    return [registry[name].cfg for name in NAMES]
+
+
+def test_task_configurations_name_files_that_exist(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir("/")
-    configs = embedded_tasks()
+    configs = embedded_tasks(tmp_path)
     assert tuple(config["task"] for config in configs) == NAMES
     for config in configs:
         for path in config["dataset_kwargs"]["data_files"].values():
@@ -68,7 +77,7 @@ def test_task_configurations_name_files_that_exist(monkeypatch: pytest.MonkeyPat
 
 
 def test_fp32_scores_reach_what_the_project_promises(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     from lm_eval import simple_evaluate
@@ -78,7 +87,7 @@ def test_fp32_scores_reach_what_the_project_promises(
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=20, device="cpu")
     manager = TaskManager(include_defaults=False)
     results = simple_evaluate(
-        lm, tasks=embedded_tasks(), limit=LIMIT, task_manager=manager, bootstrap_iters=0
+        lm, tasks=embedded_tasks(tmp_path), limit=LIMIT, task_manager=manager, bootstrap_iters=0
     )["results"]
     assert results["embedded_endings"]["acc_norm,none"] >= 0.8
     assert results["embedded_facts"]["acc,none"] >= 0.8
