@@ -1,29 +1,35 @@
 """What the measured rows of a group say, by rules that stand beside each sentence.
 
 Every sentence is computed from the rows; where no row answers a question, the sentence says so.
-A figure decides by its value alone, but for methods of equal bits and group size: those are ranked
-only where `reports.paired` tells them apart.
+Where samples can decide, they do: what is acceptable follows from `reports.verdicts`, and methods
+of equal bits and group size are ranked only where `reports.paired` tells them apart. Sizes and
+speeds, and the margins around a perplexity, go by the figure alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from harness.record import Value
-from reports import words
-from reports.paired import LEVEL, compare, said
+from reports import protocols, stats, words
+from reports.paired import compare, said
+from reports.pareto import plane
 from reports.rows import Group, Row, kept_back, main_protocol, mapping, number, sequence
-from reports.summary import NOISY_SPREAD, noisy
+from reports.summary import NOISY_SPREAD, noisy, one_score_a_task
+from reports.tasks import chance
+from reports.verdicts import Judged, judge
 
 MARGINS = (0.01, 0.03)
 """Increases of perplexity over the baseline that are asked about."""
 
 DRIFT = 0.1
 """Change of the time per token from the first burst to the last from which it is mentioned."""
+
+MOST_NAMED = 2
+"""Figures that are named behind a row; of more, their number."""
 
 BROKEN = 2.0
 """Ratio of perplexity to the baseline's above which a row is listed as damaged."""
@@ -38,72 +44,6 @@ class Finding:
     rule: str
 
 
-@dataclass(frozen=True)
-class Point:
-    """A row in a figure of perplexity (y) against something (x)."""
-
-    row: Row
-    x: float
-    y: float
-    best: bool
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Perplexity against one metric, each under one protocol, for the rows that have both.
-
-    `best` points are those no other row beats in both; `left_out` names the rows that have both
-    figures but one that cannot be drawn.
-    """
-
-    metric: str
-    protocol: str
-    perplexity_protocol: str
-    higher_is_better: bool
-    points: tuple[Point, ...]
-    left_out: tuple[str, ...]
-
-
-def plane(group: Group, metric: str) -> Plane | None:
-    """Return perplexity against `metric` for the rows of `group`, None where fewer than two."""
-    protocol = main_protocol(group.rows, metric)
-    quality = main_protocol(group.rows, "perplexity")
-    if protocol is None or quality is None:
-        return None
-    pairs: list[tuple[Row, Value, Value]] = []
-    for row in group.rows:
-        x, y = row.get(metric, protocol), row.get("perplexity", quality)
-        if row.measured and x is not None and y is not None:
-            pairs.append((row, x, y))
-    drawn = [(row, x, y) for row, x, y in pairs if _drawable(x.value) and _drawable(y.value)]
-    if len(drawn) < 2:
-        return None
-    higher = bool(drawn[0][1].higher_is_better)
-    sign = -1.0 if higher else 1.0
-    front = pareto([(sign * x.value, y.value) for _, x, y in drawn])
-    points = tuple(
-        Point(row, x.value, y.value, on_front)
-        for (row, x, y), on_front in zip(drawn, front, strict=True)
-    )
-    left_out = tuple(
-        f"{row.label} (perplexity {words.figure('perplexity', y.value)})"
-        for row, x, y in pairs
-        if not (_drawable(x.value) and _drawable(y.value))
-    )
-    return Plane(metric, protocol, quality, higher, points, left_out)
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return for each point whether none other is as small in both and smaller in one."""
-    front = [False] * len(points)
-    lowest, lowest_x = math.inf, math.inf
-    for x, y, index in sorted((x, y, index) for index, (x, y) in enumerate(points)):
-        if y < lowest or (y == lowest and x == lowest_x):
-            front[index] = True
-            lowest, lowest_x = y, x
-    return front
-
-
 def findings(group: Group) -> list[Finding]:
     """Return what the rows of `group` say."""
     return [
@@ -111,6 +51,7 @@ def findings(group: Group) -> list[Finding]:
         *_fastest(group),
         *_slower_than_baseline(group),
         *_fronts(group),
+        *_acceptable(group),
         *_told_apart(group),
         *_broken(group),
     ]
@@ -128,6 +69,7 @@ def warnings(group: Group) -> list[str]:
         )
     found += _about_timing(group)
     found += _out_of_order(group)
+    found += _at_chance(group)
     below = [row.label for row in group.rows if _below_noise_floor(row)]
     if below:
         found.append(
@@ -244,11 +186,89 @@ def _told_apart(group: Group) -> list[Finding]:
             f"Methods by perplexity at {found.title}",
             said(found),
             f"Mean loss ({protocol}) of the same {found.windows} windows, paired. Methods in "
-            "braces cannot be told apart and are not ranked: the bootstrap interval of their "
-            f"difference holds 0 ({100 * LEVEL:g} % over all pairs of this table, Bonferroni).",
+            "braces cannot be told apart and are not ranked: the paired test finds no difference "
+            "(5 %, Holm over all pairs of this table).",
         )
         for found in compare(group)
     ]
+
+
+def _acceptable(group: Group) -> list[Finding]:
+    """Say which rows are acceptable by the rule of 3 and 5 %, on which figures."""
+    judged = judge(group)
+    figures = _ruled_figures(group, judged)
+    if not figures:
+        return []
+    good, bad, open_ = [], [], []
+    for row in group.measured:
+        found = {name: judged.get(row, *key) for name, key in figures.items() if key in row.values}
+        if row.is_baseline or not any(found.values()):
+            continue
+        verdicts = {name: one.acceptance if one else None for name, one in found.items()}
+        lost = [name for name, verdict in verdicts.items() if verdict == "unacceptable"]
+        undecided = [name for name, verdict in verdicts.items() if verdict != "acceptable"]
+        if lost:
+            bad.append(_on(row, lost, figures))
+        elif undecided:
+            open_.append(_on(row, undecided, figures))
+        else:
+            good.append(_on(row, [n for n in found if len(found) < len(figures)], figures))
+    margins = f"{100 * stats.ACCEPTABLE:g} %", f"{100 * stats.UNACCEPTABLE:g} %"
+    of = words.listed([f"{name} ({protocol})" for name, (_, protocol) in figures.items()])
+    rule = (
+        f"On the same samples as the baseline, figure by figure: {of}. A loss below {margins[0]} "
+        f"of the baseline's figure is acceptable, one above {margins[1]} is not; each is a "
+        "one-sided test at 5 %, and what passes neither is not decided. A row named without a "
+        "figure stands so on each of them."
+    )
+    return [
+        Finding(question, words.listed(rows), rule)
+        for question, rows in (
+            (f"Acceptable (loss below {margins[0]})", good),
+            (f"Not acceptable (loss above {margins[1]})", bad),
+            ("Acceptable or not: cannot be decided", open_),
+        )
+        if rows
+    ]
+
+
+def _ruled_figures(group: Group, judged: Judged) -> dict[str, tuple[str, str]]:
+    """Return the figures that the rule holds for, by name: perplexity and a score a task."""
+    protocol = main_protocol(group.rows, "perplexity")
+    wanted = {} if protocol is None else {"perplexity": ("perplexity", protocol)}
+    for metric, of_task in one_score_a_task(group.rows):
+        wanted[f"{protocols.task_of(of_task)} {metric}"] = (metric, of_task)
+    return {
+        name: key
+        for name, key in wanted.items()
+        if any(not one.at_chance for one in judged.of(*key))
+    }
+
+
+def _on(row: Row, names: Sequence[str], figures: Mapping[str, tuple[str, str]]) -> str:
+    """Return the row's label, and the figures where they are not all; of many, their number."""
+    if not names or len(names) == len(figures):
+        return row.label
+    if len(names) > MOST_NAMED:
+        return f"{row.label} ({len(names)} of {len(figures)} figures)"
+    return f"{row.label} ({words.listed(list(names))})"
+
+
+def _at_chance(group: Group) -> list[str]:
+    """Return a sentence for each task whose baseline answers no better than chance."""
+    judged = judge(group)
+    found: dict[str, None] = {}
+    for (_, metric, protocol), one in judged.found.items():
+        if one.at_chance:
+            score = one.baseline.values[metric, protocol].value
+            task = protocols.task_of(protocol)
+            random = chance(one.baseline, task) or 0.0
+            found[
+                f"{task} {metric}: the baseline's own score, {100 * score:.1f} %, is not above "
+                f"that of random answers ({100 * random:.1f} %), so it says nothing of what a "
+                "method costs."
+            ] = None
+    return list(found)
 
 
 def _broken(group: Group) -> list[Finding]:
@@ -342,7 +362,3 @@ def _below_noise_floor(row: Row) -> bool:
 
 def _any_above(row: Row, metric: str, limit: float) -> bool:
     return any(value.value > limit for value in row.all_of(metric))
-
-
-def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0

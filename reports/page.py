@@ -7,12 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.record import Failure, Record
-from reports import sections, words
+from reports import protocols, sections, words
 from reports.engines import EngineTable, engine_tables, engine_warnings
-from reports.findings import Finding, Plane, findings, plane, warnings
-from reports.rows import Group, Row, family, kernels, make_groups, make_rows
+from reports.evidence import Evidence, evidence, legend
+from reports.findings import Finding, findings, warnings
+from reports.gather import make_groups, make_rows
+from reports.pareto import Plane, plane
+from reports.parts import Parts, parts
+from reports.rows import Group, Row, family, kernels
 from reports.sections import Coverage, KernelLine, Machine, Prompt, Said
 from reports.summary import Table, detail_table, summary_table
+from reports.tasks import hierarchy
 
 FIGURES = ("artefact_bytes", "decode_tokens_per_second")
 QUALITY_FIRST = (
@@ -65,6 +70,9 @@ class Section:
     group: Group
     slug: str
     table: Table
+    evidence: tuple[Evidence, ...]
+    evidence_legend: tuple[str, ...]
+    repeated: bool
     failed: tuple[Row, ...]
     figures: tuple[FigureSpec, ...]
     findings: tuple[Finding, ...]
@@ -72,6 +80,7 @@ class Section:
     warnings: tuple[str, ...]
     engines: tuple[EngineTable, ...]
     details: tuple[Detail, ...]
+    parts: tuple[Parts, ...]
     prompts: tuple[Prompt, ...]
     kernels: tuple[KernelLine, ...]
     coverages: tuple[Coverage, ...]
@@ -91,7 +100,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report."""
+    """The whole report; `cells` are the rows of single records, repetitions apart."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -101,27 +110,37 @@ class Page:
     problems: tuple[str, ...]
     machines: tuple[Machine, ...]
     rows: tuple[Row, ...]
+    cells: tuple[Row, ...]
+    groups: tuple[Group, ...]
     anchors: Mapping[str, str]
     protocols: tuple[tuple[str, str, str], ...]
 
 
-def make_page(records: Sequence[Record], problems: Sequence[str] = ()) -> Page:
-    """Return the report of `records`; `problems` name the records that could not be read."""
-    rows = make_rows(records)
+def make_page(
+    records: Sequence[Record], problems: Sequence[str] = (), repeat: str | None = None
+) -> Page:
+    """Return the report of `records`; `problems` name the records that could not be read.
+
+    `repeat` says what makes repetitions, as in `reports.gather.make_rows`.
+    """
+    rows = make_rows(records, repeat)
+    cells = [cell for row in rows for cell in row.cells]
     groups = make_groups(rows)
     taken: set[str] = set()
-    machines = sections.machines(rows)
+    machines = sections.machines(cells)
     return Page(
         title=f"Quantization compared: {_models(groups)}",
-        facts=_facts(rows, problems),
+        facts=_facts(cells, problems),
         banners=tuple(_banners(groups, machines)),
         sections=tuple(_section(group, taken) for group in groups),
         troubles=tuple(
-            Trouble(row, row.record.errors) for row in rows if row.record.status != "ok"
+            Trouble(cell, cell.record.errors) for cell in cells if cell.record.status != "ok"
         ),
         problems=tuple(problems),
         machines=tuple(machines),
         rows=tuple(rows),
+        cells=tuple(cells),
+        groups=tuple(groups),
         anchors={row.record.cell: f"row-{index}" for index, row in enumerate(rows)},
         protocols=tuple(_protocols(rows)),
     )
@@ -145,6 +164,9 @@ def _section(group: Group, taken: set[str]) -> Section:
         group=group,
         slug=slug,
         table=summary_table(group),
+        evidence=tuple(evidence(group)),
+        evidence_legend=legend(group),
+        repeated=any(row.repetitions for row in group.measured),
         failed=tuple(row for row in group.rows if not row.measured),
         figures=tuple(figures),
         findings=answers,
@@ -152,6 +174,7 @@ def _section(group: Group, taken: set[str]) -> Section:
         warnings=tuple(warnings(group)),
         engines=tuple(engine_tables(group)),
         details=tuple(detail for detail in details if detail.table.columns),
+        parts=tuple(parts(group)),
         prompts=tuple(sections.prompts(group)),
         kernels=tuple(sections.kernel_lines(group)),
         coverages=tuple(sections.coverages(group)),
@@ -236,14 +259,18 @@ def _banners(groups: Sequence[Group], machines: Sequence[Machine]) -> list[str]:
 
 
 def _protocols(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return (protocol, its metrics, one sentence) for every protocol among the rows."""
+    """Return (protocol, its metrics, one sentence) for every protocol among the rows.
+
+    Those of the parts of a group of tasks say what the group's own says.
+    """
+    tasks = hierarchy(rows)
     metrics: dict[str, dict[str, None]] = {}
     for row in rows:
         for metric, protocol in row.values:
-            if protocol:
+            if protocol and not tasks.is_part(protocols.task_of(protocol)):
                 metrics.setdefault(protocol, {})[metric] = None
     return [
-        (protocol, ", ".join(sorted(metrics[protocol])), words.protocol_sentence(protocol))
+        (protocol, ", ".join(sorted(metrics[protocol])), protocols.protocol_sentence(protocol))
         for protocol in sorted(metrics, key=words.natural)
     ]
 

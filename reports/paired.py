@@ -1,53 +1,59 @@
-"""Which methods the same text can tell apart: paired differences, window by window.
+"""Which methods of equal bits the same text can tell apart, by `reports.stats`.
 
 Rows of equal bits and group size read the same windows, so each window gives one difference of
-mean negative log-likelihood (nats a token; its exponential is perplexity). A percentile bootstrap
-over the windows gives the interval of the mean difference (Efron and Tibshirani, "An Introduction
-to the Bootstrap", 1993, chapter 13), Bonferroni-corrected for the pairs that are compared in a
-group. Two rows whose interval holds zero cannot be told apart and are not ranked.
+mean negative log-likelihood. Every pair of them is compared; p-values are Holm's over all pairs of
+the group. Rows whose difference is not told from chance are not ranked.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import TypeGuard
 
-import numpy as np
-
-from reports import words
+from reports import stats, words
+from reports.bootstrap import FEWEST
 from reports.rows import Group, Row, axes_label, main_protocol
+from reports.stats import Comparison
+from reports.verdicts import pair
 
-LEVEL = 0.95
-RESAMPLES = 10_000
-FEWEST_WINDOWS = 8
-"""Below this a bootstrap over windows says nothing reliable."""
+LEVEL = 0.05
+"""Of the corrected tests."""
+
+MOST = 16
+"""Rows of one bits and group size that are compared, the lowest perplexities first: pairs grow with
+the square of their number, and so does what the correction takes from each."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean loss of `first` minus that of `second` over the same windows, in nats a token."""
+    """Two rows on the same windows, and the comparison's p corrected for all pairs."""
 
     first: Row
     second: Row
-    mean: float
-    low: float
-    high: float
+    comparison: Comparison
+    p_holm: float
 
     @property
     def told_apart(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the difference is more than chance."""
+        return self.p_holm < LEVEL
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Rows of one bits and group size, by perplexity, and how each pair differs."""
+class Alike:
+    """Rows of one bits and group size, by perplexity, and how each pair differs.
+
+    `left_out` is the number of rows whose perplexity is higher still.
+    """
 
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     windows: int
+    left_out: int
 
     @property
     def title(self) -> str:
@@ -57,71 +63,68 @@ class Comparison:
         return f"{bits:.3g} bits{group}"
 
 
-def compare(group: Group) -> list[Comparison]:
+def compare(group: Group) -> list[Alike]:
     """Return the comparisons that the perplexities of `group` allow, most bits first."""
     protocol = main_protocol(group.rows, "perplexity")
     if protocol is None:
         return []
-    sets: dict[tuple[float, int], list[tuple[Row, tuple[float, ...]]]] = defaultdict(list)
-    for row in group.rows:
+    sets: dict[tuple[float, int], list[Row]] = defaultdict(list)
+    for row in group.measured:
         value = row.get("perplexity", protocol)
         if value is None or row.bits is None or row.is_baseline:
             continue
-        if len(value.samples) >= FEWEST_WINDOWS and np.isfinite(value.samples).all():
+        if all(map(math.isfinite, value.samples)):
             # Rows without groups are compared among themselves.
-            sets[row.bits, row.group_size or 0].append((row, value.samples))
-    comparable = [
-        sorted(members, key=lambda member: float(np.mean(member[1])))
-        for _, members in sorted(sets.items(), key=lambda item: (-item[0][0], item[0][1]))
-        if len({len(samples) for _, samples in members}) == 1 and len(members) > 1
-    ]
-    pairs = sum(len(members) * (len(members) - 1) // 2 for members in comparable)
+            sets[row.bits, row.group_size or 0].append(row)
+    found: list[tuple[list[Row], list[tuple[Row, Row, Comparison]]]] = []
+    for _, members in sorted(sets.items(), key=lambda item: (-item[0][0], item[0][1])):
+        ordered = sorted(members, key=lambda row: row.values["perplexity", protocol].value)
+        pairs = [
+            (first, second, pair(first, second, "perplexity", protocol))
+            for first, second in combinations(ordered[:MOST], 2)
+        ]
+        # Where one pair cannot be compared, nothing can be said of the others' order.
+        whole = [(a, b, made) for a, b, made in pairs if _tested(made)]
+        if whole and len(whole) == len(pairs):
+            found.append((ordered, whole))
+    adjusted = iter(stats.holm([one.p for _, pairs in found for *_, one in pairs]))
     return [
-        Comparison(
-            tuple(row for row, _ in members),
-            tuple(
-                _difference(first, second, 1 - (1 - LEVEL) / pairs)
-                for first, second in combinations(members, 2)
-            ),
-            len(members[0][1]),
+        Alike(
+            tuple(rows[:MOST]),
+            tuple(Difference(*one, next(adjusted)) for one in pairs),
+            pairs[0][2].n,
+            len(rows[MOST:]),
         )
-        for members in comparable
+        for rows, pairs in found
     ]
 
 
-def _difference(
-    first: tuple[Row, Sequence[float]], second: tuple[Row, Sequence[float]], level: float
-) -> Difference:
-    losses = np.asarray(first[1]) - np.asarray(second[1])
-    # One seed for all: a pair's interval does not depend on which other pairs are compared.
-    drawn = np.random.default_rng(0).integers(0, len(losses), (RESAMPLES, len(losses)))
-    means = losses[drawn].mean(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(first[0], second[0], float(losses.mean()), float(low), float(high))
+def _tested(made: Comparison | str) -> TypeGuard[Comparison]:
+    return isinstance(made, Comparison) and made.n >= FEWEST
 
 
-def said(comparison: Comparison) -> str:
+def said(found: Alike) -> str:
     """Return the rows from low to high perplexity, those that cannot be told apart in braces.
 
     Braces that overlap stand beside each other; `<` stands where every pair across is told apart.
     """
-    labels = [_short(row) for row in comparison.rows]
-    places = {row.label: place for place, row in enumerate(comparison.rows)}
+    labels = [_short(row) for row in found.rows]
+    places = {row.label: place for place, row in enumerate(found.rows)}
     alike = {
-        (places[found.first.label], places[found.second.label])
-        for found in comparison.differences
-        if not found.told_apart
+        (places[one.first.label], places[one.second.label])
+        for one in found.differences
+        if not one.told_apart
     }
     runs = _runs(len(labels), alike)
+    higher = f"; {words.count(found.left_out, 'row')} higher" if found.left_out else ""
     if len(runs) == 1:
-        return f"{words.listed(labels)} cannot be told apart"
+        return f"{words.listed(labels)} cannot be told apart{higher}"
     text = _braced(labels, runs[0])
     for before, run in pairwise(runs):
         text += (", " if run.start < before.stop else " < ") + _braced(labels, run)
     shown = {pair for run in runs for pair in combinations(run, 2)}
     rest = [f"{labels[i]} and {labels[j]}" for i, j in sorted(alike - shown)]
-    return text + (f" (not told apart either: {'; '.join(rest)})" if rest else "")
+    return text + (f" (not told apart either: {'; '.join(rest)})" if rest else "") + higher
 
 
 def _runs(count: int, alike: set[tuple[int, int]]) -> list[range]:

@@ -11,6 +11,7 @@ import io
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,7 +25,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from reports import words
-from reports.findings import Plane, Point
+from reports.pareto import Plane, Point
 
 INK, MUTED, GRID, SURFACE = "#1b1f25", "#59616d", "#e1e5ea", "#fefefe"
 SERIES = (
@@ -36,6 +37,9 @@ BASELINE_MARKER = "*"
 
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 7.6, 4.4, 150
 LABEL_POINTS = 9.0
+DISTANCES = (9, 16, 26, 38, 52, 68, 86, 106, 130)
+"""Pixels from a point at which a place for its label is looked for."""
+
 MOST_LABELS = 40
 LOG_FROM = 3.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
@@ -105,21 +109,24 @@ def _figure(plane: Plane, anchors: Mapping[str, str]) -> Figure:
     _scale(axes, plane)
     _draw_front(axes, plane)
     methods = sorted({p.row.method for p in plane.points if not p.row.is_baseline})
-    # The front's markers lie on top of the others.
-    for point in sorted(plane.points, key=lambda point: point.best):
+    alike: dict[tuple[bool, int], list[Point]] = defaultdict(list)
+    for point in plane.points:
         place = methods.index(point.row.method) if not point.row.is_baseline else -1
+        alike[point.best, place].append(point)
+    # The front's markers lie on top of the others.
+    for (best, place), points in sorted(alike.items(), key=lambda item: item[0]):
         colour = SERIES[place % len(SERIES)] if place >= 0 else INK
         marks = axes.scatter(
-            [point.x],
-            [point.y],
+            [point.x for point in points],
+            [point.y for point in points],
             s=110 if place < 0 else 38,
             marker=MARKERS[place % len(MARKERS)] if place >= 0 else BASELINE_MARKER,
-            facecolors=colour if point.best else SURFACE,
+            facecolors=colour if best else SURFACE,
             edgecolors=colour,
             linewidths=1.3,
             zorder=3,
         )
-        marks.set_urls([f"#{anchors[point.row.record.cell]}"])
+        marks.set_urls([f"#{anchors[point.row.record.cell]}" for point in points])
     figure.draw_without_rendering()
     _label(axes, plane)
     return figure
@@ -265,7 +272,10 @@ def _place(
     that covers least where the label `must` stand.
     """
     best: tuple[float, Box, bool] | None = None
-    for distance in (9, 16, 26, 38, 52, 68, 86, 106, 130):
+    reach = (DISTANCES[-1] + size[0], DISTANCES[-1] + 2 * size[1])
+    around = (spot[0] - reach[0], spot[1] - reach[1], spot[0] + reach[0], spot[1] + reach[1])
+    taken = [other for other in taken if _overlap(around, other)]
+    for distance in DISTANCES:
         for angle in (0, 45, -45, 180, 135, -135, 90, -90, 20, -20, 160, -160, 70, -70):
             box = _beside(spot, size, distance, math.radians(angle))
             covered = sum(_overlap(box, other) for other in taken) + _outside(box, bounds)

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
-from reports import plots, table, words
+from reports import comparisons, plots, table, words
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
@@ -27,6 +27,28 @@ from reports.plots import Drawing
 FOLDER = "report"
 FIGURE_PREFIX = "perplexity-"
 
+
+SUMMARY_LEGEND = (
+    "Size, memory and speed: ◆ best of the column, ◇ best after the baseline, where the baseline "
+    "itself is best. Figures of quality are not ranked by their value: under each stands what its "
+    "samples say of it against the baseline (see Verdicts). Below a figure: the row over the "
+    "baseline (×), or the change of a perplexity in percent or of a task score in points. Speed "
+    "is compared only where the baseline was timed in turns with the row in one process."
+)
+REPEATS_LEGEND = (
+    "A row of several repetitions shows means; ± is the 95 % t interval of the mean over them, s "
+    "their standard deviation."
+)
+TASKS_LEGEND = (
+    "± is one standard error. A score with a limit is a screening: it can show that a row is "
+    "broken, not which of two good rows is better. Strict minus flexible, the stability of the "
+    "format: right answers that were lost because they were not in the format asked for."
+)
+PARTS_LEGEND = (
+    "Behind a score stands its difference from the baseline in points. Parts are not judged: few "
+    "questions stand behind each, and of so many some differ by chance. The group's own score "
+    "holds all their questions and carries the verdict."
+)
 
 ENGINES_LEGEND = (
     "Nothing was quantized in these rows: each engine runs the same weights. Behind a perplexity "
@@ -52,15 +74,29 @@ class ReportPaths:
     results_csv: Path
     results_parquet: Path
     values_parquet: Path
+    comparisons_csv: Path
+    comparisons_parquet: Path
     figures: tuple[Path, ...]
 
 
-def write_report(runs_dir: Path) -> ReportPaths:
+def write_report(runs_dir: Path, repeat: str | None = None) -> ReportPaths:
     """Write the report of all records under `runs_dir` into `<runs_dir>/report/`.
+
+    `repeat` says what makes repetitions (`seed`, `calibration`, `none`; None: as each record says).
 
     Raises:
         ReportError: the folder is missing or holds no record that can be read.
         OSError: a file could not be written; no half-written file is left.
+    """
+    records, problems = read_runs(runs_dir)
+    return write_pages(records, problems, runs_dir / FOLDER, repeat)
+
+
+def read_runs(runs_dir: Path) -> tuple[list[Record], list[str]]:
+    """Return the records under `runs_dir`, and the sentences of those that cannot be read.
+
+    Raises:
+        ReportError: the folder is missing or holds no record that can be read.
     """
     if not runs_dir.is_dir():
         raise ReportError(f"there is no folder {runs_dir}; give the runs_dir of a sweep")
@@ -72,13 +108,14 @@ def write_report(runs_dir: Path) -> ReportPaths:
             "run `python run.py -m` first, or give another folder"
         )
     # A report is made to be passed on: no paths of this machine.
-    problems = [problem.replace(f"{runs_dir}/", "") for problem in problems]
-    return write_pages(records, problems, runs_dir / FOLDER)
+    return records, [problem.replace(f"{runs_dir}/", "") for problem in problems]
 
 
-def write_pages(records: Sequence[Record], problems: Sequence[str], folder: Path) -> ReportPaths:
+def write_pages(
+    records: Sequence[Record], problems: Sequence[str], folder: Path, repeat: str | None = None
+) -> ReportPaths:
     """Write the report of `records` into `folder`, made if missing."""
-    page = make_page(records, problems)
+    page = make_page(records, problems, repeat)
     drawings = {
         figure.name: plots.draw(figure.plane, page.anchors, figure.name)
         for section in page.sections
@@ -90,6 +127,8 @@ def write_pages(records: Sequence[Record], problems: Sequence[str], folder: Path
         "results.csv": table.results_csv(page.rows),
         "results.parquet": table.results_parquet(page.rows),
         "values.parquet": table.values_parquet(page.rows),
+        "comparisons.csv": comparisons.comparisons_csv(page.groups),
+        "comparisons.parquet": comparisons.comparisons_parquet(page.groups),
         "report.md": markdown(page).encode(),
         "report.html": html(page, drawings).encode(),
     }
@@ -106,6 +145,8 @@ def write_pages(records: Sequence[Record], problems: Sequence[str], folder: Path
         results_csv=folder / "results.csv",
         results_parquet=folder / "results.parquet",
         values_parquet=folder / "values.parquet",
+        comparisons_csv=folder / "comparisons.csv",
+        comparisons_parquet=folder / "comparisons.parquet",
         figures=tuple(folder / name for name in figures),
     )
 
@@ -151,7 +192,15 @@ def _environment(**options: Any) -> Environment:
 
 
 def _context(page: Page) -> dict[str, Any]:
-    return {"page": page, "reading": words.READING, "engines_legend": ENGINES_LEGEND}
+    return {
+        "page": page,
+        "reading": words.READING,
+        "engines_legend": ENGINES_LEGEND,
+        "summary_legend": SUMMARY_LEGEND,
+        "repeats_legend": REPEATS_LEGEND,
+        "tasks_legend": TASKS_LEGEND,
+        "parts_legend": PARTS_LEGEND,
+    }
 
 
 def _breakable(text: object) -> Markup:

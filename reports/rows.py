@@ -1,6 +1,7 @@
-"""One row of the report for each record: its axes, the values it may show, its baseline.
+"""One row of the report: its axes, the values it may show, its baseline.
 
-Two rules of the project are applied here, once, for every table and figure:
+A row is one record, or the records of several repetitions (`reports.repetitions`). Two rules of
+the project are applied here, once, for every table and figure:
 
 - a `simulated` row (rounded values stored as floats) carries no speed, memory or size figure;
 - a row of random weights carries no quality figure.
@@ -10,13 +11,13 @@ What a rule keeps back stays in the record; `kept_back` says why it is not shown
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from harness.record import Record, Value
+from harness.record import Failure, Record, Value
 from reports import words
 
 FAMILY_OF_METRIC = {
@@ -38,8 +39,8 @@ DEPLOYMENT = frozenset({"size", "memory", "speed", "load", "serving"})
 QUALITY = frozenset({"perplexity", "divergence", "generation", "tasks"})
 """What random weights cannot know."""
 
-_STATES = ("packed", "dequantized", "simulated")
-_RESOLVED_NODES = ("method", "model", "hardware", "suite", "data")
+STATES = ("packed", "dequantized", "simulated")
+"""How a matrix may be run, the most honest first."""
 
 
 def family(value: Value) -> str:
@@ -50,20 +51,57 @@ def family(value: Value) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One record as the report shows it.
+class Spread:
+    """One figure over repetitions.
 
     Attributes:
-        record: what the cell left behind.
+        count: repetitions that have the figure.
+        deviation: standard deviation over them.
+        interval: 95 % t interval of their mean, None where there is none.
+    """
+
+    count: int
+    deviation: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, or several repetitions of one, as the report shows it.
+
+    Attributes:
+        record: what the cell left behind; of repetitions, the first.
         label: method, bits, group size and whatever else tells the row from its neighbours.
-        values: the values the row may show, by (metric, protocol).
+        values: the values the row may show, by (metric, protocol); of repetitions, their means.
         execution: the worst state of its matrices, empty where nothing was loaded.
+        repetitions: the rows this one was merged from, empty where it is one record.
+        spreads: of repetitions, how each figure varied over them.
+        repeated: what varied, as `3 seeds`, empty where nothing did.
     """
 
     record: Record
     label: str
     values: Mapping[tuple[str, str], Value]
     execution: str
+    repetitions: tuple[Row, ...] = ()
+    spreads: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+    repeated: str = ""
+
+    @property
+    def cells(self) -> tuple[Row, ...]:
+        """The rows of single records that this one stands for: its repetitions, or itself."""
+        return self.repetitions or (self,)
+
+    @property
+    def status(self) -> str:
+        """`ok`, `partial` or `failed`: the worst of its repetitions."""
+        found = {cell.record.status for cell in self.cells}
+        return next((status for status in ("failed", "partial") if status in found), "ok")
+
+    @property
+    def errors(self) -> tuple[Failure, ...]:
+        """What went wrong in any of its repetitions."""
+        return tuple(error for cell in self.cells for error in cell.record.errors)
 
     @property
     def model(self) -> str:
@@ -122,20 +160,31 @@ class Row:
     @property
     def measured(self) -> bool:
         """Whether the cell came to its end, if not with every measure."""
-        return self.record.status != "failed"
+        return self.status != "failed"
 
     def get(self, metric: str, protocol: str) -> Value | None:
         """Return a value the row may show, or None."""
         return self.values.get((metric, protocol))
 
     def all_of(self, metric: str) -> list[Value]:
-        """Return the row's values of `metric` under every protocol."""
-        return [value for (name, _), value in self.values.items() if name == metric]
+        """Return the row's values of `metric` under every protocol, tasks' scores left out.
+
+        A task may have a score of the same name: lambada's perplexity is not that of a text.
+        """
+        return [
+            value
+            for (name, _), value in self.values.items()
+            if name == metric and family(value) != "tasks"
+        ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """The rows that may be compared: one model on one hardware."""
+    """The rows that may be compared: one model on one hardware.
+
+    Two groups are equal only where they are the same object, so that what is computed of one can
+    be kept.
+    """
 
     model: str
     hardware: str
@@ -156,43 +205,28 @@ class Group:
         """The rows the others are compared with (one a suite)."""
         return tuple(row for row in self.measured if row.is_baseline)
 
-    def baseline_value(self, row: Row, metric: str, protocol: str) -> Value | None:
-        """Return the baseline's value that `row` is compared with: same metric, same protocol.
+    def baseline_of(self, row: Row, metric: str, protocol: str) -> Row | None:
+        """Return the baseline that `row` is compared with in `metric` under `protocol`.
 
         A baseline of another version of the model is no baseline; one of the same suite goes first.
         """
         wanted = model_identity(row)
         for baseline in sorted(self.baselines, key=lambda b: b.suite != row.suite):
-            value = baseline.get(metric, protocol)
-            if value is not None and model_identity(baseline) in (wanted, ""):
-                return value
+            if (metric, protocol) in baseline.values and model_identity(baseline) in (wanted, ""):
+                return baseline
         return None
 
-
-def make_rows(records: Iterable[Record]) -> list[Row]:
-    """Return one row a record in the order of the report: by group, the baseline first."""
-    plain = [_row(record) for record in records]
-    neighbours: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for row in plain:
-        neighbours[row.model, row.hardware, row.label].append(row)
-    labelled = [
-        Row(row.record, label, row.values, row.execution)
-        for rows in neighbours.values()
-        for row, label in zip(rows, _distinct_labels(rows), strict=True)
-    ]
-    return sorted(labelled, key=_order)
-
-
-def make_groups(rows: Sequence[Row]) -> list[Group]:
-    """Return the groups of `rows`, in their order."""
-    members: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        members[row.model, row.hardware].append(row)
-    return [Group(model, hardware, tuple(rows)) for (model, hardware), rows in members.items()]
+    def baseline_value(self, row: Row, metric: str, protocol: str) -> Value | None:
+        """Return the baseline's value that `row` is compared with: same metric, same protocol."""
+        baseline = self.baseline_of(row, metric, protocol)
+        return None if baseline is None else baseline.get(metric, protocol)
 
 
 def main_protocol(rows: Iterable[Row], metric: str) -> str | None:
-    """Return the protocol that most rows measured `metric` by; the plainest one among equals."""
+    """Return the protocol that most rows measured `metric` by; the plainest one among equals.
+
+    Scores of tasks are not looked at: a task is a protocol of its own.
+    """
     found = Counter(value.protocol for row in rows for value in row.all_of(metric))
     if not found:
         return None
@@ -236,22 +270,6 @@ def kept_back(row: Row, of_family: str) -> str:
     return ""
 
 
-def _row(record: Record) -> Row:
-    row = Row(record, "", {}, _execution(record))
-    values: dict[tuple[str, str], Value] = {}
-    for value in record.values:
-        if not kept_back(row, family(value)):
-            values.setdefault((value.metric, value.protocol), value)
-    return Row(record, axes_label(row), values, row.execution)
-
-
-def _execution(record: Record) -> str:
-    states = [str(mapping(k).get("execution")) for k in sequence(record.details.get("kernels"))]
-    states.append(str(record.details.get("execution", "")))
-    known = [state for state in states if state in _STATES]
-    return max(known, key=_STATES.index, default="")
-
-
 def axes_label(row: Row) -> str:
     """Return method, bits and group size as one label."""
     parts = [row.method or row.record.cell]
@@ -259,56 +277,6 @@ def axes_label(row: Row) -> str:
         size = "per channel" if row.group_size == -1 else f"g{row.group_size}"
         parts += [f"{row.bits:.3g} bits", size]
     return " ".join(parts)
-
-
-def _distinct_labels(rows: Sequence[Row]) -> list[str]:
-    """Return labels that tell rows of equal axes apart, by the options in which they differ."""
-    if len(rows) == 1:
-        return [rows[0].label]
-    options = [_options(row.record) for row in rows]
-    keys = sorted({key for found in options for key in found})
-    differing = [key for key in keys if len({found.get(key) for found in options}) > 1]
-    labels = []
-    for row, found in zip(rows, options, strict=True):
-        shown = [f"{key.split('.')[-1]}={found.get(key, 'none')}" for key in differing[:2]]
-        labels.append(f"{row.label} ({', '.join(shown)})" if shown else row.label)
-    if len(set(labels)) == len(labels):
-        return labels
-    return [f"{label} [{row.record.cell}]" for label, row in zip(labels, rows, strict=True)]
-
-
-def _options(record: Record) -> dict[str, str]:
-    """Return the resolved options of the nodes that make a cell, flat: `method.symmetric`."""
-    resolved = mapping(record.config.get("resolved"))
-    options = {"suite": str(record.config.get("suite")), "data": str(record.config.get("data"))}
-    for node in _RESOLVED_NODES:
-        for key, value in mapping(resolved.get(node)).items():
-            if key not in ("name", "_target_", "measures"):
-                options[f"{node}.{key}"] = words.one_line(value)
-    return options
-
-
-def _order(row: Row) -> tuple[Any, ...]:
-    bits = -(row.bits if row.bits is not None else _stored_bits(row))
-    size = row.group_size if row.group_size is not None else 0
-    # Per channel is the largest group.
-    size = 1 << 40 if size == -1 else size
-    return (
-        row.model,
-        row.hardware,
-        not row.is_baseline,
-        bits,
-        words.natural(row.method),
-        size,
-        words.natural(row.label),
-        row.record.cell,
-    )
-
-
-def _stored_bits(row: Row) -> float:
-    """Return the bits a weight of a method that has no single width, 0 where they are unknown."""
-    found = [*row.all_of("bits_per_weight"), *row.all_of("computed_bits_per_weight")]
-    return found[0].value if found else 0.0
 
 
 def number(found: Any) -> float | None:

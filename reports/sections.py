@@ -205,11 +205,13 @@ def notes(group: Group) -> list[Said]:
     """Return the sentences that the records carry."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in group.rows:
-        details = row.record.details
-        left_out = [f"speed left out, {why}" for why in _left_out_points(details)]
-        for note in [*sequence(details.get("notes")), *left_out]:
-            found[words.one_line(note)].append(row.label)
-    return [Said(_all_or(labels, group), note) for note, labels in found.items()]
+        for details in [cell.record.details for cell in row.cells]:
+            left_out = [f"speed left out, {why}" for why in _left_out_points(details)]
+            for note in [*sequence(details.get("notes")), *left_out]:
+                found[words.one_line(note)].append(row.label)
+    return [
+        Said(_all_or(list(dict.fromkeys(labels)), group), note) for note, labels in found.items()
+    ]
 
 
 def _left_out_points(details: Mapping[str, Any]) -> Sequence[Any]:
@@ -218,7 +220,8 @@ def _left_out_points(details: Mapping[str, Any]) -> Sequence[Any]:
 
 def calibrations(group: Group) -> list[Said]:
     """Return what each calibrated row was calibrated on."""
-    keyed = _by_key(group.rows, lambda row: _text(mapping(row.record.details.get("calibration"))))
+    cells = [cell for row in group.rows for cell in row.cells]
+    keyed = _by_key(cells, lambda row: _text(mapping(row.record.details.get("calibration"))))
     return [
         Said(labels, ", ".join(f"{k} {v}" for k, v in _facts(json.loads(key))))
         for key, labels in keyed

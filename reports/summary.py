@@ -1,10 +1,13 @@
-"""Tables for a reader: one group of rows, one column a metric and protocol, the best marked.
+"""Tables for a reader: one group of rows, one column a metric and protocol.
+
+The best figure of a column of size, memory or speed is marked. A figure of quality is never
+crowned: beside it stands what its samples say of it against the baseline (`reports.verdicts`).
 
 The same columns go to the terminal, to Markdown and to HTML. What is compared with what:
 
 - sizes and memory: the row over the baseline (`x0.27`);
 - perplexity: the change in percent, a ratio where it is far off;
-- task scores: the difference in points;
+- task scores: the difference in points, a task's perplexity as that of a text;
 - speed: only the `*_speedup` values, which the measuring process took by running the baseline in
   turns with the row; figures of two processes are never divided.
 """
@@ -17,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.record import Value
-from reports import words
-from reports.rows import Group, Row, family, kept_back, main_protocol
+from reports import protocols, words
+from reports.rows import QUALITY, Group, Row, family, kept_back, main_protocol
+from reports.tasks import hierarchy
+from reports.verdicts import judge
 
 SPEEDUP_OF = {
     "prefill_tokens_per_second": "prefill_speedup",
@@ -28,9 +33,13 @@ RATIO_METRICS = ("artefact_bytes", "computed_bytes", "quantized_bytes", "peak_me
 UNMARKED = ("kl_noise_floor", "copy_bytes_per_second", "timing_spread", "other_bytes")
 """Figures that describe the measurement or are no merit of the row: none is marked as best."""
 
-MAX_TASKS_IN_SUMMARY = 4
-TASK_METRICS = ("acc_norm", "exact_match_strict", "acc")
+MAX_TASKS_IN_SUMMARY = 6
+TASK_METRICS = ("acc_norm", "exact_match_strict", "pass@1", "acc")
 """Of a task's scores, the one that stands in the summary: the first of these that it has."""
+
+STRICT, FLEXIBLE = "exact_match_strict", "exact_match_flexible"
+FORMAT_STABILITY = "format_stability"
+"""Strict minus flexible extraction: right answers lost because their format was not the asked."""
 
 NOISY_SPREAD = 0.1
 """Interquartile range over median of the time per token above which a row is called noisy."""
@@ -47,6 +56,9 @@ class Cell:
         compare: how it compares with the baseline's, empty where it does not.
         mark: `best` of the column; `next`: the best after the baseline; else empty.
         flag: what a reader must know before using the figure.
+        verdict: what its samples say of it against the baseline, empty where nothing is tested.
+        tone: the verdict as one word: `better`, `worse`, `even`, `open`, `moved`.
+        repeats: how it varied over repetitions, empty where there are none.
     """
 
     value: float | None
@@ -55,6 +67,9 @@ class Cell:
     compare: str = ""
     mark: str = ""
     flag: str = ""
+    verdict: str = ""
+    tone: str = ""
+    repeats: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ def summary_table(group: Group) -> Table:
     wanted += protocols_of(rows, "perplexity", {"perplexity"})[:1]
     wanted += _main(rows, "kl_mean") + _main(rows, "top1_agreement")
     wanted += _main(rows, "prefill_tokens_per_second") + _main(rows, "decode_tokens_per_second")
-    wanted += _one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY]
+    wanted += one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY]
     wanted += _main(rows, "quantize_seconds") + _main(rows, "quantize_peak_bytes")
     return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
 
@@ -106,13 +121,23 @@ def detail_table(group: Group, families: set[str], first: Sequence[str] = ()) ->
     Rows without any of them are left out.
     """
     if families == {"tasks"}:
-        wanted = task_columns(group.rows)
+        tasks = hierarchy(group.rows)
+        wanted = [
+            pair
+            for pair in task_columns(group.rows)
+            if not tasks.is_part(protocols.task_of(pair[1]))
+        ]
     else:
         others = {v.metric for r in group.rows for v in r.values.values() if family(v) in families}
         metrics = [*first, *sorted(others - {*first})]
         wanted = [pair for name in metrics for pair in protocols_of(group.rows, name, families)]
     rows = tuple(row for row in group.rows if any(row.get(*pair) for pair in wanted))
-    return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
+    columns = []
+    for metric, protocol in wanted:
+        columns.append(column(group, rows, metric, protocol))
+        if metric == STRICT and (FLEXIBLE, protocol) in wanted:
+            columns.append(_format_stability(rows, protocol))
+    return Table(group, rows, tuple(columns))
 
 
 def protocols_of(rows: Iterable[Row], metric: str, families: set[str]) -> list[tuple[str, str]]:
@@ -135,10 +160,13 @@ def task_columns(rows: Iterable[Row]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: (words.natural(pair[1]), pair[0]))
 
 
-def _one_score_a_task(rows: Iterable[Row]) -> list[tuple[str, str]]:
+def one_score_a_task(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (metric, protocol) of the main score of each task that is part of no other."""
+    tasks = hierarchy(rows)
     by_protocol: dict[str, list[str]] = defaultdict(list)
     for metric, protocol in task_columns(rows):
-        by_protocol[protocol].append(metric)
+        if tasks.is_top(protocols.task_of(protocol)):
+            by_protocol[protocol].append(metric)
     return [
         (next((m for m in TASK_METRICS if m in metrics), metrics[0]), protocol)
         for protocol, metrics in by_protocol.items()
@@ -151,7 +179,7 @@ def column(group: Group, rows: Sequence[Row], metric: str, protocol: str) -> Col
     present = [value for value in values if value is not None]
     of_family = family(present[0])
     format_ = words.column_format(metric, [value.value for value in present])
-    marks = _marks(rows, values)
+    marks = [""] * len(rows) if of_family in QUALITY else _marks(rows, values)
     cells = tuple(
         Cell(None, _absent_text(row, of_family, metric))
         if value is None
@@ -160,7 +188,7 @@ def column(group: Group, rows: Sequence[Row], metric: str, protocol: str) -> Col
     )
     head = words.title(metric)
     if of_family == "tasks":
-        head = f"{words.task_of(protocol)} {metric}"
+        head = f"{protocols.task_of(protocol)} {metric}"
     note = _note(of_family, protocol, present)
     return Column(metric, protocol, of_family, head, format_.unit, note, cells)
 
@@ -170,7 +198,7 @@ def absent(row: Row, of_family: str) -> str:
     reason = kept_back(row, of_family)
     if reason:
         return reason
-    if any(error.stage.startswith(of_family) for error in row.record.errors):
+    if any(error.stage.startswith(of_family) for error in row.errors):
         return "failed"
     return words.NOT_MEASURED
 
@@ -185,7 +213,7 @@ def compare(group: Group, row: Row, value: Value) -> str:
     other = group.baseline_value(row, value.metric, value.protocol)
     if other is None:
         return ""
-    if family(value) == "tasks":
+    if family(value) == "tasks" and value.metric != "perplexity":
         is_share = words.kind(value.metric) == "share"
         return words.points(value.value - other.value) if is_share else ""
     if value.metric == "perplexity" and other.value > 0:
@@ -212,6 +240,7 @@ def _cell(group: Group, row: Row, value: Value, format_: words.Format, mark: str
         spread = row.get("timing_spread", value.protocol)
         if spread is not None and spread.value > NOISY_SPREAD:
             flag = f"noisy: spread {words.figure('timing_spread', spread.value)}"
+    judged = judge(group).get(row, value.metric, value.protocol)
     return Cell(
         value.value,
         format_.write(value.value),
@@ -219,11 +248,47 @@ def _cell(group: Group, row: Row, value: Value, format_: words.Format, mark: str
         compare(group, row, value),
         mark,
         flag,
+        judged.text if judged is not None else "",
+        judged.tone if judged is not None else "",
+        _repeats(row, value, format_),
+    )
+
+
+def _repeats(row: Row, value: Value, format_: words.Format) -> str:
+    """Return how a figure varied over repetitions: interval of the mean, standard deviation.
+
+    That sizes are equal goes without saying.
+    """
+    spread = row.spreads.get((value.metric, value.protocol))
+    among = "" if spread is None or spread.count == len(row.cells) else f" in {spread.count}"
+    if spread is None or (spread.deviation == 0 and family(value) not in QUALITY and not among):
+        return ""
+    if spread.deviation == 0:
+        return f"all equal{among}" if spread.count > 1 else "measured once"
+    if spread.interval is None:
+        return f"not finite{among}"
+    half = (spread.interval[1] - spread.interval[0]) / 2
+    return f"{format_.spread(half)} (s = {spread.deviation / format_.factor:.2g}){among}"
+
+
+def _format_stability(rows: Sequence[Row], protocol: str) -> Column:
+    """Return the column of strict minus flexible extraction, in points."""
+    cells = []
+    for row in rows:
+        strict, flexible = row.get(STRICT, protocol), row.get(FLEXIBLE, protocol)
+        if strict is None or flexible is None:
+            cells.append(Cell(None, absent(row, "tasks")))
+        else:
+            points = 100 * (strict.value - flexible.value)
+            cells.append(Cell(points, f"{points:+.1f}" if points else "0.0"))
+    head = f"{protocols.task_of(protocol)} strict minus flexible"
+    return Column(
+        FORMAT_STABILITY, protocol, "tasks", head, "points", "format stability", tuple(cells)
     )
 
 
 def _note(of_family: str, protocol: str, values: Sequence[Value]) -> str:
-    screening = words.screening(protocol)
+    screening = protocols.screening(protocol)
     if screening or of_family not in ("tasks", "perplexity"):
         return screening
     counts = {len(value.samples) for value in values if value.samples}

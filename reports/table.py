@@ -1,9 +1,11 @@
 """The tables as files: CSV and Parquet.
 
-`results` has one row a cell, `values` one row a value. Two protocols never share a column: the
-protocol that most cells used keeps the bare name and is stated in `<family>_protocol`; any other
-has a column `<metric>__<protocol>`. A perplexity column carries its protocol in its name. An empty
-field means that there is no such figure; `nan` and `inf` are figures.
+`results` has one row for each row of the report: a cell, or repetitions merged (means; their number
+is in `repetitions`, the cells in `cells`). `values` has one row a value of every single cell. Two
+protocols never share a column: the protocol that most cells used keeps the bare name and is stated
+in `<family>_protocol`; any other has a column `<metric>__<protocol>`. A perplexity column carries
+its protocol in its name. An empty field means that there is no such figure; `nan` and `inf` are
+figures.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.record import read_records
-from reports import words
-from reports.rows import Row, family, kernels, machine, make_rows, sequence
+from reports import protocols, words
+from reports.gather import make_rows
+from reports.rows import Row, family, kernels, machine, sequence
 from reports.terminal import summary_text as summary_text
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ FIRST_METRICS = (
 TEXTS = (
     *("label", "baseline", "suite", "data", "random_weights", "kernel", "notes", "errors"),
     *("command", "cell_key", "artefact_key", "machine", "started", "seconds"),
+    *("repetitions", "cells"),
 )
 INTEGER_KINDS = ("bytes", "count")
 
@@ -103,7 +107,8 @@ def values(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "samples": [float(sample) for sample in value.samples],
             "column": names[family(value), value.metric, value.protocol].column,
         }
-        for row in rows
+        for merged in rows
+        for row in merged.cells
         for value in row.values.values()
     ]
 
@@ -122,12 +127,12 @@ def results_csv(rows: Sequence[Row]) -> bytes:
 
 def results_parquet(rows: Sequence[Row]) -> bytes:
     """Return `results` as Parquet."""
-    return _parquet(_results_table(rows))
+    return parquet(_results_table(rows))
 
 
 def values_parquet(rows: Sequence[Row]) -> bytes:
     """Return `values` as Parquet; `samples` is a list of float64."""
-    return _parquet(_values_table(rows))
+    return parquet(_values_table(rows))
 
 
 def frames(runs_dir: Path) -> tuple[pandas.DataFrame, pandas.DataFrame]:
@@ -169,7 +174,7 @@ def _values_table(rows: Sequence[Row]) -> pa.Table:
 
 def _base(of_family: str, metric: str, protocol: str) -> str:
     if of_family == "tasks":
-        return f"{words.task_of(protocol)}_{metric}"
+        return f"{protocols.task_of(protocol)}_{metric}"
     return f"{metric}_{protocol}" if of_family == "perplexity" else metric
 
 
@@ -194,39 +199,44 @@ def _result(row: Row, names: Mapping[tuple[str, str, str], Name]) -> dict[str, A
     record, config = row.record, row.record.config
     found: dict[str, Any] = {
         "cell": record.cell,
+        "repetitions": len(row.cells),
+        "cells": "; ".join(cell.record.cell for cell in row.cells),
         "model": row.model,
         "method": row.method,
         "bits": row.bits,
         "group_size": row.group_size,
         "hardware": row.hardware,
-        "status": record.status,
+        "status": row.status,
         "execution": row.execution or None,
         "label": row.label,
         "random_weights": row.random_weights,
         "kernel": "; ".join(dict.fromkeys(str(k.get("kernel")) for k in kernels(row))) or None,
         "notes": "; ".join(map(str, sequence(record.details.get("notes")))) or None,
-        "errors": "; ".join(f"{e.stage}: {e.message}" for e in record.errors) or None,
+        "errors": "; ".join(f"{e.stage}: {e.message}" for e in row.errors) or None,
         "machine": machine(row) or None,
         "started": record.started or None,
         "seconds": float(record.seconds),
     }
     for name in ("baseline", "suite", "data", "command", "cell_key", "artefact_key"):
         found[name] = str(config[name]) if config.get(name) is not None else None
-    protocols: dict[str, dict[str, None]] = defaultdict(dict)
+    used: dict[str, dict[str, None]] = defaultdict(dict)
     for value in row.values.values():
         of_family = family(value)
         place = names[of_family, value.metric, value.protocol]
         found[place.column] = float(value.value)
         if place.main and of_family != "perplexity" and value.protocol:
-            key = words.task_of(value.protocol) if of_family == "tasks" else of_family
-            protocols[f"{key}_protocol"][value.protocol] = None
-    found.update({name: "; ".join(sorted(used)) for name, used in protocols.items()})
+            key = protocols.task_of(value.protocol) if of_family == "tasks" else of_family
+            used[f"{key}_protocol"][value.protocol] = None
+    found.update({name: "; ".join(sorted(names_)) for name, names_ in used.items()})
     return found
 
 
 def _integral(table: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Whether a column holds whole numbers and is written so."""
-    if name not in ("bits", "group_size") and words.kind(name.split("__")[0]) not in INTEGER_KINDS:
+    if (
+        name not in ("bits", "group_size", "repetitions")
+        and words.kind(name.split("__")[0]) not in INTEGER_KINDS
+    ):
         return False
     found = [row[name] for row in table if row[name] is not None]
     return bool(found) and all(isinstance(v, int | float) and v % 1 == 0 for v in found)
@@ -246,14 +256,15 @@ def _array(name: str, table: Sequence[Mapping[str, Any]]) -> pa.Array:
         return pa.array(column, pa.bool_())
     if (name in AXES and name not in ("bits", "group_size")) or name.endswith("_protocol"):
         return pa.array(column, pa.string())
-    if name in TEXTS and name != "seconds":
+    if name in TEXTS and name not in ("seconds", "repetitions"):
         return pa.array(column, pa.string())
     if _integral(table, name):
         return pa.array([None if v is None else int(v) for v in column], pa.int64())
     return pa.array(column, pa.float64())
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet(table: pa.Table) -> bytes:
+    """Return `table` as a Parquet file."""
     stream = pa.BufferOutputStream()
     pq.write_table(table, stream)
     return bytes(stream.getvalue().to_pybytes())

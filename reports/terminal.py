@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from harness.record import Record
-from reports import words
-from reports.rows import Row, make_groups, make_rows
+from reports import protocols, words
+from reports.gather import make_groups, make_rows
+from reports.rows import Row
 from reports.summary import Column, Table, summary_table
 
 HEADS = {
@@ -25,17 +26,20 @@ HEADS = {
     "quantize_seconds": "quantize",
     "quantize_peak_bytes": "quantize memory",
 }
+SCORES = {"exact_match_strict": "strict", "exact_match_flexible": "flexible"}
 UNITS = {"tokens/s": "tok/s", "µs": "us"}
 DROPPED_FIRST = (
     *("quantize_peak_bytes", "quantize_seconds", "top1_agreement", "prefill_tokens_per_second"),
-    "peak_memory_bytes",
-    *("bits_per_weight", "computed_bits_per_weight", "kl_mean"),
 )
-"""What a narrow terminal goes without, in this order; task scores go before all of them."""
+DROPPED_NEXT = ("peak_memory_bytes", "bits_per_weight", "computed_bits_per_weight", "kl_mean")
+"""What a narrow terminal goes without, in this order; task scores go between the two."""
 
 MARKS = {"best": "*", "next": "+", "": " "}
+VERDICTS = {"better": "^", "even": "~", "open": "?", "worse": "!"}
+"""Behind a figure of quality: what its samples say of it against the baseline."""
+
 ABSENT = "n/m"
-WIDEST, WIDEST_LABEL = 120, 32
+WIDEST, WIDEST_LABEL = 120, 40
 GAP = "  "
 
 
@@ -74,8 +78,9 @@ def _fitting(table: Table, width: int) -> tuple[list[Column], list[Column]]:
     """Return the columns that fit into `width`, and those left out for it."""
     columns = list(table.columns)
     dropped: list[Column] = []
-    order = [c for c in reversed(columns) if c.family == "tasks"]
-    order += [c for metric in DROPPED_FIRST for c in columns if c.metric == metric]
+    order = [c for metric in DROPPED_FIRST for c in columns if c.metric == metric]
+    order += [c for c in reversed(columns) if c.family == "tasks"]
+    order += [c for metric in DROPPED_NEXT for c in columns if c.metric == metric]
     label_width = len(_label_block(table)[0])
     for column in order:
         used = label_width + sum(len(GAP) + len(_block(c)[0]) for c in columns)
@@ -104,12 +109,17 @@ def _label(row: Row) -> str:
 def _block(column: Column) -> list[str]:
     """Return two head lines and one line a row, all of one width."""
     texts = [
-        (_clean(cell.text) if cell.value is not None else ABSENT) + MARKS[cell.mark]
+        (_clean(cell.text) if cell.value is not None else ABSENT)
+        + (VERDICTS.get(cell.tone) or MARKS[cell.mark])
         for cell in column.cells
     ]
-    compares = [_clean(cell.compare) for cell in column.cells]
-    head = column.head if column.family == "tasks" else HEADS.get(column.metric, column.metric)
-    heads = [f"{_clean(part)} " for part in (head, UNITS.get(column.unit, column.unit))]
+    # The unit of a task's difference stands in the legend.
+    compares = [_clean(cell.compare).removesuffix(" points") for cell in column.cells]
+    head, below = HEADS.get(column.metric, column.metric), UNITS.get(column.unit, column.unit)
+    if column.family == "tasks":
+        head = protocols.task_of(column.protocol)
+        below = f"{SCORES.get(column.metric, column.metric)} {below}".rstrip()
+    heads = [f"{_clean(part)} " for part in (head, below)]
     width = max(map(len, [*texts, *heads]))
     aside = max(map(len, compares))
     return [f"{head:>{width}}{' ' * (aside + bool(aside))}" for head in heads] + [
@@ -121,25 +131,33 @@ def _block(column: Column) -> list[str]:
 def _notes(
     table: Table, columns: Sequence[Column], dropped: Sequence[Column], width: int
 ) -> list[str]:
-    protocols: dict[str, list[str]] = {}
+    used: dict[str, list[str]] = {}
     for column in columns:
         if column.family in ("perplexity", "divergence", "speed", "tasks"):
-            protocols.setdefault(column.protocol, []).append(
-                HEADS.get(column.metric, _clean(column.head))
-            )
-    notes = [f"{', '.join(heads)}: {_clean(name)}" for name, heads in protocols.items()]
+            used.setdefault(column.protocol, []).append(_name(column))
+    notes = [f"{', '.join(heads)}: {_clean(name)}" for name, heads in used.items()]
     marks = {cell.mark for column in columns for cell in column.cells}
     legend = []
     if marks & {"best", "next"}:
         legend.append("* best of the column")
     if "next" in marks:
         legend.append("+ best after the baseline")
+    tones = {cell.tone for column in columns for cell in column.cells}
+    meanings = (
+        ("better", "^ better"),
+        ("even", "~ equivalent within 3 %"),
+        ("open", "? the samples cannot tell"),
+        ("worse", "! worse, tested against the baseline"),
+    )
+    legend += [meaning for tone, meaning in meanings if tone in tones]
     if any(cell.compare for column in columns for cell in column.cells):
         legend.append("x0.27: the row over the baseline")
+    if any(cell.compare.endswith(" points") for column in columns for cell in column.cells):
+        legend.append("-1.2: points")
     if any(cell.value is None for column in columns for cell in column.cells):
         legend.append(f"{ABSENT}: not measured")
     if dropped:
-        names = ", ".join(HEADS.get(c.metric, _clean(c.head)) for c in dropped)
+        names = ", ".join(_name(c) for c in dropped)
         legend.append(f"in the report only: {names}")
     notes += ["; ".join(legend)] if legend else []
     flagged = [
@@ -150,14 +168,21 @@ def _notes(
     return [line for note in [*notes, *flagged] for line in _wrapped(note, width)]
 
 
+def _name(column: Column) -> str:
+    """Return what the notes call a column."""
+    if column.family == "tasks":
+        return _clean(column.head)
+    return HEADS.get(column.metric, _clean(column.head))
+
+
 def _failures(rows: Sequence[Row], problems: Sequence[str], width: int) -> str:
     lines = []
     for row in rows:
-        reasons = "; ".join(f"{error.stage}: {error.message}" for error in row.record.errors)
-        if row.record.status != "ok":
+        reasons = "; ".join(f"{error.stage}: {error.message}" for error in row.errors)
+        if row.status != "ok":
             where = f"{row.label} ({row.group_title})"
             reason = reasons or "the record gives no reason"
-            lines.append(f"{row.record.status.upper()} {where}: {reason}")
+            lines.append(f"{row.status.upper()} {where}: {reason}")
     lines += [f"UNREADABLE {problem}" for problem in problems]
     return "\n".join(part for line in lines for part in _wrapped(_clean(line), width))
 

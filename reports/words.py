@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 NOT_MEASURED = "not measured"
+UNKNOWN = "–"
 
 Kind = str
 """How a metric is written: `bytes`, `seconds`, `rate`, `bandwidth`, `share`, `agreement`, `change`,
@@ -187,9 +188,20 @@ def increase(value: float) -> str:
     return f"{percent:+.{2 if abs(percent) < 1 else 1}f} %"
 
 
-def points(difference: float) -> str:
+def points(difference: float, decimals: int = 1) -> str:
     """Return a difference of two shares in percentage points."""
-    return f"{100 * difference:+.1f} points" if math.isfinite(difference) else ""
+    return f"{100 * difference:+.{decimals}f} points" if math.isfinite(difference) else ""
+
+
+def percent(change: float) -> str:
+    """Return a relative change in percent, with as many digits as it is worth."""
+    text = 100 * change
+    return f"{text:+,.{2 if abs(text) < 1 else 1 if abs(text) < 100 else 0}f} %"
+
+
+def signed(value: float) -> str:
+    """Return a difference of plain numbers with its sign."""
+    return ("+" if value > 0 else "") + significant(value)
 
 
 def bits(value: float | None) -> str:
@@ -262,123 +274,12 @@ READING = (
     "The Pareto front holds the rows that no other row beats in both of a figure's axes.",
     f"Where no figure stands, the field says why: {NOT_MEASURED}, failed, simulated, or random "
     "weights. Infinite and NaN are results, not gaps.",
-    "A difference here is not tested against noise; figures of a screening, and speeds flagged "
-    "as noisy, should be measured again before anything is decided on them.",
+    "A difference of quality is tested where samples stand behind it: the same windows, prompts or "
+    "questions of the row and of the baseline are compared pair by pair, corrected for the number "
+    "of rows, and the verdict stands beside the figure. Not distinguishable means that so many "
+    "samples cannot tell, not that nothing differs.",
+    "Sizes are counted. Speeds, memory and times, and quality figures without a verdict, are not "
+    "tested against noise: measure again what is flagged as noisy or is a screening before "
+    "anything is decided on it.",
 )
 """What a reader must know before using the tables."""
-
-_TEXT = r"(?P<text>.+)"
-_FIRST = r"(?:_first(?P<first>\d+))?"
-_PROTOCOLS: tuple[tuple[str, str], ...] = (
-    (
-        rf"{_TEXT}_gptq_(?P<n>\d+){_FIRST}",
-        "GPTQ protocol: the rows of {text} joined by blank lines and tokenized once, cut into "
-        "windows of {n} tokens that do not overlap, the tail dropped, {n_less_one} predictions "
-        "a window, float32 logits, exp of the mean loss over all predictions{first}.",
-    ),
-    (
-        rf"{_TEXT}_llamacpp_(?P<n>\d+){_FIRST}",
-        "llama.cpp protocol: the raw file of {text} in windows of {n} tokens, the first replaced "
-        "by BOS where the model uses one, only the second half of each window scored{first}.",
-    ),
-    (
-        rf"{_TEXT}_word",
-        "lm-eval's word perplexity of {text}: a page at a time, normalised by the words of the "
-        "original text.",
-    ),
-    (
-        r"greedy_(?P<n>\d+)x(?P<length>\d+)",
-        "Greedy generation: {n} prompts continued by {length} tokens each, compared token by "
-        "token with what the unquantized model generates.",
-    ),
-    (
-        rf"{_TEXT}_(?P<n>\d+)shot(?:_limit(?P<limit>\d+))?",
-        "lm-eval's task {text} with {n} examples in the prompt{limit}.",
-    ),
-    (
-        r"prompt(?P<n>\d+)(?:_depth(?P<depth>\d+))?(?:_batch(?P<batch>\d+))?",
-        "Speed with a prompt of {n} tokens{depth}{batch}: every token timed after a warm-up, the "
-        "median of the raw times.",
-    ),
-    (
-        r"process_peak",
-        "The most resident memory of the process, less what it held before the work began.",
-    ),
-    (
-        r"process_peak_depth(?P<n>\d+)",
-        "The most resident memory of a process that loaded the saved model, read {n} tokens and "
-        "wrote one, less what it held before.",
-    ),
-    (
-        r"cuda_allocated_peak_depth(?P<n>\d+)",
-        "The most memory that PyTorch had allocated on the card for loading the saved model, "
-        "reading {n} tokens and writing one.",
-    ),
-    (
-        r"cuda_reserved_peak_depth(?P<n>\d+)",
-        "The most memory that PyTorch had reserved on the card for the same ({n} tokens).",
-    ),
-    (
-        r"stored",
-        "Bytes of the saved model on disk, scales, zero points and indices included, the "
-        "tokenizer's files left out; bits a weight count the quantized matrices alone.",
-    ),
-    (
-        r"depth(?P<n>\d+)_batch(?P<m>\d+)",
-        "Bytes of the keys and values kept for {n} tokens of {m} sequence(s).",
-    ),
-    (r"computed", "Arithmetic from the shapes of the architecture; nothing was stored or run."),
-    (
-        r"again_no_mmap",
-        "The same, loaded again with the file read into memory; it was in the page cache.",
-    ),
-    (
-        r"again_mmap",
-        "The same, loaded again with the file mapped into memory, where a weight is read when it "
-        "is first used; the file was in the page cache.",
-    ),
-    (r"again", "The same, loaded again: the files were in the page cache."),
-    (
-        r"prompt(?P<n>\d+)_new(?P<length>\d+)_concurrency(?P<m>\d+)",
-        "Serving: {m} request(s) at once, each a prompt of {n} tokens of its own and {length} new "
-        "tokens, streamed; times as a client sees them.",
-    ),
-    (r"artefact", "Seconds from the files on disk to an engine that is ready to run."),
-    (r"quantize", "Seconds of the quantizing call alone, the loaded model given."),
-)
-
-
-def protocol_sentence(protocol: str) -> str:
-    """Return one sentence that says how figures of `protocol` were measured."""
-    for pattern, sentence in _PROTOCOLS:
-        match = re.fullmatch(pattern, protocol)
-        if match:
-            return sentence.format(**_parts(match.groupdict()))
-    return "As the measure that wrote it names it."
-
-
-def screening(protocol: str) -> str:
-    """Return why figures of `protocol` are screening only; empty where they are not."""
-    match = re.search(r"_(first|limit)(\d+)$", protocol)
-    if match is None:
-        return ""
-    what = "window" if match[1] == "first" else "question"
-    return f"screening: first {count(int(match[2]), what)}"
-
-
-def task_of(protocol: str) -> str:
-    """Return the task that a protocol `<task>_<k>shot[_limit<N>]` names."""
-    return re.sub(r"_\d+shot(_limit\d+)?$", "", protocol)
-
-
-def _parts(found: dict[str, str | None]) -> dict[str, str]:
-    first, limit, depth, batch = (found.get(k) for k in ("first", "limit", "depth", "batch"))
-    length = found.get("n")
-    return {
-        **{key: value for key, value in found.items() if value is not None},
-        "n_less_one": str(int(length) - 1) if length else "",
-        "first": f"; only the first {count(int(first), 'window')} read" if first else "",
-        "limit": f"; only the first {count(int(limit), 'question')} of each part" if limit else "",
-        "depth": f", {depth} tokens of context already read" if depth else "",
-        "batch": f", {count(int(batch), 'sequence')} at once" if batch else "",
-    }

@@ -152,9 +152,11 @@ class Synthetic:
                 "perplexity",
                 False,
                 stderr=0.05,
-                samples=tuple(self._noise(math.log(perplexity)) for _ in range(16)),
+                samples=self._losses(math.log(perplexity)),
             ),
-            Value("divergence", "kl_mean", PERPLEXITY, kl, "nats", False),
+            Value(
+                "divergence", "kl_mean", PERPLEXITY, kl, "nats", False, samples=self._around(kl, 8)
+            ),
             Value("divergence", "kl_p99", PERPLEXITY, kl * 9, "nats", False),
             Value("divergence", "kl_noise_floor", PERPLEXITY, 2e-7, "nats", None),
             Value("divergence", "top1_agreement", PERPLEXITY, math.exp(-kl), "share", True),
@@ -162,12 +164,29 @@ class Synthetic:
             Value("generation", "equal_tokens", "greedy_8x32", math.exp(-kl * 3), "share", True),
         ]
         for task, shots in (("endings", 0), ("facts", 5)):
-            samples = tuple(float(self.random.random() < score) for _ in range(100))
-            share = sum(samples) / 100
-            error = math.sqrt(share * (1 - share) / 99)
-            protocol = f"{task}_{shots}shot_limit100"
-            values.append(Value("tasks", "acc", protocol, share, "share", True, error, samples))
+            values.append(
+                score_of(f"{task}_{shots}shot_limit100", "acc", self.answers(task, score))
+            )
         return values
+
+    def answers(self, task: str, score: float, questions: int = 100) -> tuple[float, ...]:
+        """Return right and wrong answers; what is hard is so for every row."""
+        hardness = random.Random(f"{self.model} {task}")
+        return tuple(float(hardness.random() < self._noise(score, 0.1)) for _ in range(questions))
+
+    def _losses(self, mean: float, windows: int = 16) -> tuple[float, ...]:
+        """Return losses of the windows of one text, hard and easy for every row alike."""
+        text = random.Random(f"{self.model} text")
+        hardness = [text.gauss(0, 0.3) for _ in range(windows)]
+        middle = sum(hardness) / windows
+        own = self._around(mean, windows, 0.01)
+        return tuple(h - middle + loss for h, loss in zip(hardness, own, strict=True))
+
+    def _around(self, mean: float, count: int, spread: float = 0.05) -> tuple[float, ...]:
+        """Return `count` samples whose mean is `mean`."""
+        drawn = [self.random.uniform(-spread, spread) for _ in range(count)]
+        middle = sum(drawn) / count
+        return tuple(mean * (1 + x - middle) for x in drawn)
 
     def _speed(self, method: str, bits: float, execution: str) -> list[Value]:
         factor = (32 / bits) ** 0.4 * (0.45 if execution == "dequantized" else 1.0)
@@ -188,8 +207,81 @@ class Synthetic:
             for metric, value, unit, better in figures
         ]
 
-    def _noise(self, value: float) -> float:
-        return value * self.random.uniform(0.98, 1.02)
+    def _noise(self, value: float, share: float = 0.02) -> float:
+        return value * self.random.uniform(1 - share, 1 + share)
+
+
+def score_of(protocol: str, metric: str, samples: tuple[float, ...], unit: str = "share") -> Value:
+    """Return the score that `samples` make: their mean, or exp of minus it for a perplexity."""
+    mean = sum(samples) / len(samples)
+    if unit == "perplexity":
+        return Value("tasks", metric, protocol, math.exp(-mean), unit, False, None, samples)
+    error = math.sqrt(max(0.0, mean * (1 - mean)) / len(samples))
+    return Value("tasks", metric, protocol, mean, unit, True, error, samples)
+
+
+def repetition(record: Record, seed: int, **calibration: str) -> Record:
+    """Return `record` as the cell of another seed (and `calibration` text), its options stated."""
+    resolved = {
+        **record.config["resolved"],
+        "seed": seed,
+        "repeat": "seed",
+        "data": {"name": "embedded", "calibration": calibration.get("text")},
+    }
+    method = {**resolved["method"], "calibration": {"samples": 32, "seed": seed}}
+    cell = "-".join([record.cell, f"seed{seed}", *calibration.values()])
+    config = {
+        **record.config,
+        "command": f"{record.config['command']} seed={seed}",
+        "resolved": {**resolved, "method": method},
+    }
+    return replace(record, cell=cell, config=config)
+
+
+def with_tasks(record: Record, quality: float = 1.0) -> Record:
+    """Return `record` with scores of groups, parts, generation and lambada, as a real suite has.
+
+    `quality` scales what is right; the answers follow the order of the questions' hardness.
+    """
+    made = Synthetic(record.config["model"], record.config["hardware"], seed=len(record.cell))
+    subjects = {"mmlu_anatomy": "mmlu_stem", "mmlu_physics": "mmlu_stem", "mmlu_law": "mmlu_other"}
+    values, facts = [], {}
+    for name, group in subjects.items():
+        values.append(score_of(f"{name}_5shot", "acc", made.answers(name, 0.5 * quality, 40)))
+        facts[name] = task_facts(name, 40, group)
+    for group in ("mmlu_stem", "mmlu_other"):
+        inside = [v.samples for v in values if subjects.get(v.protocol[: -len("_5shot")]) == group]
+        values.append(score_of(f"{group}_5shot", "acc", tuple(x for s in inside for x in s)))
+        facts[group] = task_facts(group, len(values[-1].samples), "mmlu")
+    every = tuple(x for value in values[: len(subjects)] for x in value.samples)
+    values.append(score_of("mmlu_5shot", "acc", every))
+    facts["mmlu"] = task_facts("mmlu", len(every))
+    sums = made.answers("gsm8k", 0.4 * quality, 60)
+    lenient = made.answers("gsm8k", 0.5 * quality, 60)
+    values += [
+        score_of("gsm8k_5shot", "exact_match_strict", sums),
+        score_of("gsm8k_5shot", "exact_match_flexible", lenient),
+        score_of("humaneval_0shot", "pass@1", made.answers("humaneval", 0.3 * quality, 50)),
+        score_of("hellaswag_0shot", "acc", made.answers("hellaswag", 0.4 * quality, 200)),
+        score_of("hellaswag_0shot", "acc_norm", made.answers("hellaswag", 0.45 * quality, 200)),
+        score_of("lambada_openai_0shot", "acc", made.answers("lambada", 0.6 * quality, 80)),
+        score_of(
+            "lambada_openai_0shot",
+            "perplexity",
+            tuple(-x / quality for x in made._around(2.0, 80, 0.5)),
+            "perplexity",
+        ),
+    ]
+    for task, count in (("gsm8k", 60), ("humaneval", 50), ("hellaswag", 200)):
+        facts[task] = task_facts(task, count)
+    facts["lambada_openai"] = task_facts("lambada_openai", 80)
+    details = {**record.details, "tasks": facts}
+    return replace(record, values=(*record.values, *values), details=details)
+
+
+def task_facts(task: str, count: int, group: str | None = None) -> dict[str, Any]:
+    """Return what a record says of one task."""
+    return {"group": group, "questions": f"digest of {task}", "count": count}
 
 
 def environment(**changes: Any) -> dict[str, Any]:

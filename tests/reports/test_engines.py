@@ -9,9 +9,10 @@ import pytest
 
 from harness.record import Record
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE, engine_tables, engine_warnings
+from reports.gather import make_groups, make_rows
 from reports.page import make_page
 from reports.render import html, markdown
-from reports.rows import Group, make_groups, make_rows
+from reports.rows import Group
 from tests.reports.synthetic import PERPLEXITY, Synthetic
 
 KL_TOLERANCE = KL_TOLERANCES["float16"]

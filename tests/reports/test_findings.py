@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.record import Record
-from reports.findings import findings, pareto, plane, warnings
-from reports.rows import Group, make_groups, make_rows
+from reports.findings import findings, warnings
+from reports.gather import make_groups, make_rows
+from reports.pareto import pareto, plane
+from reports.rows import Group
 from tests.reports.synthetic import PERPLEXITY, SPEED, changed, with_random_weights
 
 

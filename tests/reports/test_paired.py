@@ -7,8 +7,9 @@ import numpy as np
 
 from harness.record import Record, Value
 from reports.findings import findings
-from reports.paired import Comparison, compare, said
-from reports.rows import Group, make_groups, make_rows
+from reports.gather import make_groups, make_rows
+from reports.paired import Alike, compare, said
+from reports.rows import Group
 from tests.reports.synthetic import PERPLEXITY, Synthetic
 
 WINDOWS = 40
@@ -38,7 +39,7 @@ def hard_text() -> np.ndarray:
     return 4 + np.random.default_rng(1).normal(0, 0.5, WINDOWS)
 
 
-def found(*records: Record) -> Comparison:
+def found(*records: Record) -> Alike:
     (comparison,) = compare(group_of(*records))
     return comparison
 
@@ -49,7 +50,7 @@ def test_a_small_difference_on_every_window_is_told_apart() -> None:
     comparison = found(record("rtn", text + 0.01), record("gptq", text))
     (difference,) = comparison.differences
     assert difference.told_apart
-    assert math.isclose(difference.mean, -0.01)
+    assert math.isclose(difference.comparison.difference, math.expm1(-0.01))
     assert said(comparison) == "gptq < rtn"
 
 

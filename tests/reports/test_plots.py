@@ -7,8 +7,8 @@ import pytest
 
 from harness.record import Record
 from reports import plots
-from reports.findings import Plane, plane
-from reports.rows import make_groups, make_rows
+from reports.gather import make_groups, make_rows
+from reports.pareto import Plane, plane
 from tests.reports.synthetic import changed
 
 PNG = b"\x89PNG\r\n"

@@ -22,7 +22,8 @@ VOID = {"meta", "wbr", "br", "path", "use", "rect"}
 
 
 FOLDED = (
-    *("By which rules", "Tasks", "Quality", "Speed", "Size, memory and preparation"),
+    *("By which rules", "Row by row", "Tasks", "Tasks by part", "Quality", "Speed"),
+    "Size, memory and preparation",
     *("Kernels", "Coverage", "Generated texts"),
 )
 
@@ -72,6 +73,7 @@ def test_everything_is_written_beside_each_other(runs: Write, sweep: list[Record
     names = {path.name for path in paths.folder.iterdir()}
     assert names == {
         *("report.html", "report.md", "results.csv", "results.parquet", "values.parquet"),
+        *("comparisons.csv", "comparisons.parquet"),
         "perplexity-artefact-embedded-on-cpu.png",
         "perplexity-decode-embedded-on-cpu.png",
     }

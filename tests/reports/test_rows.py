@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from harness.record import Record
-from reports.rows import kept_back, main_protocol, make_groups, make_rows
+from reports.gather import make_groups, make_rows
+from reports.rows import kept_back, main_protocol
 from tests.reports.synthetic import (
     PERPLEXITY,
     SPEED,

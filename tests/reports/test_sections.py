@@ -5,7 +5,8 @@ from typing import Any
 
 from harness.record import Record
 from reports import sections
-from reports.rows import Group, make_groups, make_rows
+from reports.gather import make_groups, make_rows
+from reports.rows import Group
 from tests.reports.synthetic import QUANTIZED, environment, partial, simulated, with_random_weights
 
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import replace
 
 from harness.record import Record
-from reports.rows import Group, make_groups, make_rows
+from reports.gather import make_groups, make_rows
+from reports.rows import Group
 from reports.summary import Cell, Column, Table, detail_table, summary_table
 from tests.reports.synthetic import PERPLEXITY, changed, partial, simulated
 
@@ -36,9 +37,10 @@ def test_one_protocol_a_column_and_the_protocol_beside_it(grid: list[Record]) ->
 
 
 def test_the_best_is_marked_and_after_a_best_baseline_the_next(grid: list[Record]) -> None:
-    table = summary_table(group_of(grid))
-    assert cell_of(table, "perplexity", "fp32").mark == "best"
-    assert cell_of(table, "perplexity", "bf16").mark == "next"
+    slow = [changed(r, "prefill_tokens_per_second", value=9.0 + i) for i, r in enumerate(grid[1:])]
+    table = summary_table(group_of([grid[0], *slow]))
+    assert cell_of(table, "prefill_tokens_per_second", "fp32").mark == "best"
+    assert cell_of(table, "prefill_tokens_per_second", "rtn 2 bits g128").mark == "next"
     assert cell_of(table, "artefact_bytes", "rtn 2 bits g128").mark == "best"
     speeds = column_of(table, "decode_tokens_per_second").cells
     fastest = max(speeds, key=lambda cell: cell.value or 0)

@@ -12,7 +12,7 @@ import pytest
 
 from harness.record import Record, Value, write_record
 from reports import table
-from reports.rows import make_rows
+from reports.gather import make_rows
 from tests.reports.synthetic import PERPLEXITY, SPEED, changed
 
 PROMISED = [

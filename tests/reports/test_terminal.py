@@ -34,11 +34,12 @@ def test_best_ratio_protocol_and_legend_are_there(grid: list[Record]) -> None:
     text = summary_text(grid, width=120)
     (row,) = lines_of(text, "rtn 2 bits g128")
     assert "3.23* x0.27" in row
-    assert "6.100*" in lines_of(text, "fp32")[0]
+    assert "6.100 " in lines_of(text, "fp32")[0]
+    assert "2,479! x406" in row
     assert lines_of(text, "int8_static")[-1] == "int8_static: noisy timing"
     assert f"perplexity, KL: {PERPLEXITY}" in text
     assert SPEED in text
-    assert "* best of the column; + best after the baseline" in text
+    assert "* best of the column; ~ equivalent within 3 %; ! worse, tested against the" in text
 
 
 def test_failed_partial_and_unreadable_cells_are_named_with_their_reason(

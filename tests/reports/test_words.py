@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from reports import words
+from reports import protocols, words
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,8 @@ def test_ratios_to_the_baseline() -> None:
         ("embedded_gptq_1024_first4", ("windows of 1024", "only the first 4 windows")),
         ("wikitext2_llamacpp_512", ("llama.cpp protocol", "second half")),
         ("hellaswag_0shot", ("task hellaswag", "0 examples")),
+        ("mmlu_5shot_chat", ("task mmlu with 5 examples", "in the model's chat template")),
+        ("mix_0-5shot_limit10-all", ("task mix", "0-5 examples", "first 10 or all questions")),
         ("mmlu_5shot_limit100", ("task mmlu", "first 100 questions of each part")),
         ("greedy_8x64", ("8 prompts", "64 tokens")),
         ("prompt128_depth512_batch1", ("128 tokens", "512 tokens of context", "1 sequence at")),
@@ -82,16 +84,28 @@ def test_ratios_to_the_baseline() -> None:
     ],
 )
 def test_each_protocol_is_said_in_one_sentence(protocol: str, parts: tuple[str, ...]) -> None:
-    sentence = words.protocol_sentence(protocol)
+    sentence = protocols.protocol_sentence(protocol)
     assert all(part in sentence for part in parts)
     assert sentence.endswith(".")
     assert "{" not in sentence
 
 
 def test_a_limited_run_is_a_screening() -> None:
-    assert words.screening("facts_5shot_limit100") == "screening: first 100 questions"
-    assert words.screening("embedded_gptq_1024_first1") == "screening: first 1 window"
-    assert words.screening("embedded_gptq_1024") == ""
+    assert protocols.screening("facts_5shot_limit100") == "screening: first 100 questions"
+    assert protocols.screening("embedded_gptq_1024_first1") == "screening: first 1 window"
+    assert protocols.screening("embedded_gptq_1024") == ""
+    assert protocols.screening("mix_0-5shot_limit10-all") == "screening: first 10 or all questions"
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        *("my_2shot_task_5shot", "my_2shot_task_0-5shot_chat_limit10-all"),
+        "my_2shot_task_5shot_chat_multiturn_system0a1b2c_limit100",
+    ],
+)
+def test_the_task_of_a_protocol(protocol: str) -> None:
+    assert protocols.task_of(protocol) == "my_2shot_task"
 
 
 def test_natural_order_counts() -> None:

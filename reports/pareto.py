@@ -1,0 +1,81 @@
+"""Perplexity against a cost, and which rows no other row beats in both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.record import Value
+from reports import words
+from reports.rows import Group, Row, main_protocol
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row in a figure of perplexity (y) against something (x)."""
+
+    row: Row
+    x: float
+    y: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Perplexity against one metric, each under one protocol, for the rows that have both.
+
+    `best` points are those no other row beats in both; `left_out` names the rows that have both
+    figures but one that cannot be drawn.
+    """
+
+    metric: str
+    protocol: str
+    perplexity_protocol: str
+    higher_is_better: bool
+    points: tuple[Point, ...]
+    left_out: tuple[str, ...]
+
+
+def plane(group: Group, metric: str) -> Plane | None:
+    """Return perplexity against `metric` for the rows of `group`, None where fewer than two."""
+    protocol = main_protocol(group.rows, metric)
+    quality = main_protocol(group.rows, "perplexity")
+    if protocol is None or quality is None:
+        return None
+    pairs: list[tuple[Row, Value, Value]] = []
+    for row in group.rows:
+        x, y = row.get(metric, protocol), row.get("perplexity", quality)
+        if row.measured and x is not None and y is not None:
+            pairs.append((row, x, y))
+    drawn = [(row, x, y) for row, x, y in pairs if _drawable(x.value) and _drawable(y.value)]
+    if len(drawn) < 2:
+        return None
+    higher = bool(drawn[0][1].higher_is_better)
+    sign = -1.0 if higher else 1.0
+    front = pareto([(sign * x.value, y.value) for _, x, y in drawn])
+    points = tuple(
+        Point(row, x.value, y.value, on_front)
+        for (row, x, y), on_front in zip(drawn, front, strict=True)
+    )
+    left_out = tuple(
+        f"{row.label} (perplexity {words.figure('perplexity', y.value)})"
+        for row, x, y in pairs
+        if not (_drawable(x.value) and _drawable(y.value))
+    )
+    return Plane(metric, protocol, quality, higher, points, left_out)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Return for each point whether none other is as small in both and smaller in one."""
+    front = [False] * len(points)
+    lowest, lowest_x = math.inf, math.inf
+    for x, y, index in sorted((x, y, index) for index, (x, y) in enumerate(points)):
+        if y < lowest or (y == lowest and x == lowest_x):
+            front[index] = True
+            lowest, lowest_x = y, x
+    return front
+
+
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and value > 0
