@@ -32,6 +32,9 @@ from harness.samples import FILE_NAME as SAMPLES
 from harness.task_identity import task_identity
 from kernels.errors import ConfigError
 
+REPEATED = ("seed", "calibration", "none")
+"""What makes rows of a report repetitions of one another."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -181,6 +184,10 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         )
     except OmegaConfBaseException as error:
         raise ConfigError(_missing_value(error)) from error
+    if resolved["repeat"] not in REPEATED:
+        raise ConfigError(
+            f"repeat is {resolved['repeat']!r}; it must be one of {', '.join(REPEATED)}"
+        )
     if "path" in chosen and chosen["path"] is None:
         raise ConfigError(
             f"data.source is {source!r}, which reads from a path; give it: data.path=PATH"

@@ -133,7 +133,11 @@ class Hardware(Protocol):
 
 
 class Engine(Protocol):
-    """The deployed model, as every measure sees it."""
+    """The deployed model, as every measure sees it.
+
+    One whose logits of a sequence depend on what is read beside it (one scale for the activations
+    of a whole call) has `couples_rows = True`: where answers are scored it reads them one by one.
+    """
 
     @property
     def capabilities(self) -> frozenset[str]:

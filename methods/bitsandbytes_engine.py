@@ -214,7 +214,10 @@ def load(folder: Path, hardware: Hardware) -> TorchEngine:
         settle = _settle_int8 if isinstance(module, int8) else _settle_4bit
         kernel, execution = settle(matrix, module, hardware)
         uses += uses_of(model, [matrix], kernel, execution)
-    return TorchEngine(model, hardware.device, uses)
+    # LLM.int8() looks for outlier features in all that a call reads.
+    modules = [model.get_submodule(matrix.name) for matrix in found]
+    outliers = any(isinstance(m, int8) and m.state.threshold > 0 for m in modules)
+    return TorchEngine(model, hardware.device, uses, couples_rows=outliers)
 
 
 def load_dequantized(folder: Path, hardware: Hardware) -> TorchEngine:

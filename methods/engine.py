@@ -38,8 +38,11 @@ class TorchEngine:
 
     most_forked: ClassVar[None] = None
 
-    def __init__(self, model: Any, device: str, uses: list[KernelUse]) -> None:
+    def __init__(
+        self, model: Any, device: str, uses: list[KernelUse], couples_rows: bool = False
+    ) -> None:
         cap_attention(model)
+        self.couples_rows = couples_rows
         self.model = model
         self.device = torch.device(device)
         self._uses = uses

@@ -206,7 +206,8 @@ class Int8Dynamic:
                     stored.weight.numel(),
                 )
             )
-        return TorchEngine(model, hardware.device, uses)
+        # On a CPU one scale holds for the activations of a call, on a card one for each token.
+        return TorchEngine(model, hardware.device, uses, couples_rows=hardware.device == "cpu")
 
 
 def _runnable(

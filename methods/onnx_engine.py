@@ -83,6 +83,7 @@ class OnnxEngine:
         self.artefact = artefact
         self.facts = read_facts(artefact)
         self.uses: list[KernelUse] = []
+        self.couples_rows = False
         self.reads_stored = True
         """False where ONNX Runtime converted the weights when it loaded them."""
         inputs = {one.name: one.shape for one in session.get_inputs()}

@@ -236,7 +236,9 @@ class OnnxInt8Dynamic(IntegerMaps):
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the graph into ONNX Runtime."""
         self.check(hardware)
-        return load_engine(artefact, hardware, self._describe, self.name)
+        engine = load_engine(artefact, hardware, self._describe, self.name)
+        engine.couples_rows = True
+        return engine
 
     def _describe(self, operator: str) -> tuple[str, Execution]:
         return describe_integers(operator, "u8 on the range of each call", self.reduce_range)

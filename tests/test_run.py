@@ -273,6 +273,7 @@ def test_help_names_groups_axes_and_examples() -> None:
         (["data.source=local", "data.path=/no/such/folder"], "/no/such/folder"),
         (["data.source=local"], "data.path"),
         (["data.source=lokal"], "data.source is 'lokal'; it must be one of embedded, local"),
+        (["repeat=seeds"], "repeat is 'seeds'; it must be one of seed, calibration, none"),
         (["model=gpt2"], "model=local model.path="),
         (["hardware.threads=0"], "hardware.threads is 0"),
     ],

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from harness.cache import Cache
 from harness.data import tokenizer_digest
-from harness.measures.reading import RowReader, write_greedily
+from harness.measures.reading import RowReader, couples_rows, write_greedily
 from harness.measures.request_tokens import Pair, TokenPair, packed, unpacked
 from harness.measures.shared_prefix import Row
 from harness.record import digest
@@ -77,7 +77,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         super().__init__()
         self.engine = engine
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size = 1 if couples_rows(engine) else batch_size
         self.stop_ids = frozenset(stop_ids) | {self.eot_token_id}
         self.cache = cache
         self._encoded: dict[str, list[int]] = {}

@@ -112,7 +112,13 @@ class RowReader:
 
 
 def _forking(engine: Engine) -> Forking | None:
-    return engine if isinstance(engine, Forking) and "fork" in engine.capabilities else None
+    able = "fork" in engine.capabilities and not couples_rows(engine)
+    return engine if isinstance(engine, Forking) and able else None
+
+
+def couples_rows(engine: Engine) -> bool:
+    """Return whether what the engine says of a row depends on what is read beside it."""
+    return bool(getattr(engine, "couples_rows", False))
 
 
 Ends = Callable[[list[int]], bool]

@@ -35,10 +35,12 @@ class Question:
     Attributes:
         hashes: lm-eval's hash of each question, in document order.
         answers: filter -> what the model answered to each, as JSON.
+        choices: how many choices each has; 0 where the answer is free.
     """
 
     hashes: tuple[str, ...]
     answers: Mapping[str, tuple[str, ...]]
+    choices: tuple[int, ...]
 
 
 class Results:
@@ -106,7 +108,16 @@ class Results:
             "num_fewshot": shots[0] if len(shots) == 1 else None,
             "version": str(version),
             "metrics": metrics,
+            **self._chance(parts, metrics),
         }
+
+    def _chance(self, parts: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+        """Return the share of right answers that guessing gives, where all have choices."""
+        choices = [one for part in parts for one in self._questions[part].choices]
+        # Mutual information asks for each choice twice.
+        if not choices or min(choices) < 2 or "acc_mutual_info" in metrics:
+            return {}
+        return {"chance": math.fsum(1 / one for one in choices) / len(choices)}
 
     def _limited(self, parts: Iterable[str]) -> str:
         """Return the end of a protocol: the first N questions of each task, where that is fewer."""
@@ -177,17 +188,28 @@ def _scores(rows: Iterable[Mapping[str, Any]]) -> Scores:
 def _questions(rows: Iterable[Mapping[str, Any]]) -> Question:
     answers: dict[str, list[str]] = {}
     hashes: dict[int, str] = {}
+    choices: dict[int, int] = {}
     for row in _in_order(rows):
-        hashes[int(row["doc_id"])] = str(row["doc_hash"])
-        answers.setdefault(row["filter"], []).append(_answer(row["filtered_resps"]))
-    return Question(tuple(hashes.values()), {name: tuple(each) for name, each in answers.items()})
+        document, responses = int(row["doc_id"]), row["filtered_resps"]
+        hashes[document] = str(row["doc_hash"])
+        choices[document] = len(responses) if _are_likelihoods(responses) else 0
+        answers.setdefault(row["filter"], []).append(_answer(responses))
+    return Question(
+        tuple(hashes.values()),
+        {name: tuple(each) for name, each in answers.items()},
+        tuple(choices.values()),
+    )
+
+
+def _are_likelihoods(responses: Sequence[Any]) -> bool:
+    """Whether each response is (log-likelihood, whether it is the likeliest)."""
+    pairs = all(isinstance(one, (tuple, list)) and len(one) == 2 for one in responses)
+    return pairs and all(isinstance(one[0], float) for one in responses)
 
 
 def _answer(responses: Sequence[Any]) -> str:
     """Return the responses to one question: log-likelihoods in nats, or the text extracted."""
-    if all(isinstance(one, (tuple, list)) and len(one) == 2 for one in responses) and all(
-        isinstance(one[0], float) for one in responses
-    ):
+    if _are_likelihoods(responses):
         return json.dumps([round(one[0], LL_DIGITS) for one in responses])
     shown = responses[0] if len(responses) == 1 else list(responses)
     return json.dumps(shown, ensure_ascii=False, default=str)

@@ -114,6 +114,7 @@ def test_threshold_reaches_the_artefact_and_the_layers(tmp_path: Path) -> None:
         config = json.loads((into / "config.json").read_text())["quantization_config"]
         assert config["llm_int8_threshold"] == threshold
         assert bool(report.notes) == bool(threshold)
+        assert engine.couples_rows == bool(threshold)
         assert ("0.5 and more" in engine.kernels()[0].kernel) == bool(threshold)
         logits.append(engine.prefill(tiny_ids())[0])
     assert not torch.equal(*logits)

@@ -179,6 +179,10 @@ def test_provenance_names_op_and_engine(tmp_path: Path) -> None:
     module = loaded.model.model.layers[0].mlp.up_proj.linear
     assert type(module) is torch.ao.nn.quantized.dynamic.Linear
     assert isinstance(loaded.model.model.embed_tokens, PackedEmbedding)
+    ids = tokens()
+    both = loaded.prefill(ids)[0]
+    assert not torch.allclose(both[:1], loaded.prefill(ids[:1])[0], rtol=1e-4, atol=1e-4)
+    assert loaded.couples_rows
 
 
 def test_experts_in_stacks_are_left_out_and_said() -> None:

@@ -243,6 +243,8 @@ def test_a_token_depends_on_its_neighbours(tmp_path: Path) -> None:
     both: Tensor = engine.prefill(ids)[0]
     alone = engine.prefill(ids[:1])[0]
     assert not torch.allclose(both[:1], alone, rtol=1e-4, atol=1e-4)
+    loaded: Any = engine
+    assert loaded.couples_rows
 
 
 def test_the_yaml_builds_the_method() -> None:

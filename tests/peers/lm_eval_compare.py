@@ -42,6 +42,28 @@ EQUALITY: tuple[tuple[str, int, int | None], ...] = (
 )
 """Task, limit of each of its parts (57 subjects: 513 questions), examples in the prompt."""
 
+SUBJECTS = (
+    *("abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge"),
+    *("college_biology", "college_chemistry", "college_computer_science", "college_mathematics"),
+    *("college_medicine", "college_physics", "computer_security", "conceptual_physics"),
+    *("econometrics", "electrical_engineering", "elementary_mathematics", "formal_logic"),
+    *("global_facts", "high_school_biology", "high_school_chemistry"),
+    *("high_school_computer_science", "high_school_european_history", "high_school_geography"),
+    *("high_school_government_and_politics", "high_school_macroeconomics"),
+    *("high_school_mathematics", "high_school_microeconomics", "high_school_physics"),
+    *("high_school_psychology", "high_school_statistics", "high_school_us_history"),
+    *("high_school_world_history", "human_aging", "human_sexuality", "international_law"),
+    *("jurisprudence", "logical_fallacies", "machine_learning", "management", "marketing"),
+    *("medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios", "nutrition"),
+    *("philosophy", "prehistory", "professional_accounting", "professional_law"),
+    *("professional_medicine", "professional_psychology", "public_relations"),
+    *("security_studies", "sociology", "us_foreign_policy", "virology", "world_religions"),
+)
+"""MMLU's 57."""
+
+OF_SUBJECT = 9
+"""Questions of each subject that are timed: 2052 requests for all 57."""
+
 SHAPE = {
     "vocab_size": 32000,
     "hidden_size": 1536,
@@ -93,7 +115,7 @@ def ours(
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = make_context(folder, drawn_ids(1, 8), tokenizer=tokenizer)
     context.task_folder, context.artefact = data, model
-    measure = Tasks([tasks], limit=limit, num_fewshot=shots, batch_size=batch)
+    measure = Tasks(tasks.split(","), limit=limit, num_fewshot=shots, batch_size=batch)
     spent = [0.0]
     with _timed(EngineModel, spent):
         values = measure.run(TorchEngine(loaded, "cpu", []), context)
@@ -205,40 +227,41 @@ def print_equality(model: Path, data: Path) -> None:
         print(f"| {task} | {metric} | {one.compared} | {one.differing} | {texts} | {largest} |")
 
 
-def print_throughput(tokenizer: Path, data: Path, questions: int = 500) -> None:
-    """Print requests a second of both, on HellaSwag and on MMLU with 5 examples."""
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n")
+def print_throughput(
+    tokenizer: Path, data: Path, questions: int = 500, subjects: int = len(SUBJECTS)
+) -> None:
+    """Print requests a second of both: HellaSwag, and MMLU with 5 examples on some subjects."""
+    print(f"{torch.get_num_threads()} threads\n")
     _heads("Task", "Run", "Requests", "Seconds answering", "Requests/s", "Seconds in all", GAP)
+    chosen = SUBJECTS[:: -(-len(SUBJECTS) // subjects)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = folder / "model"
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(checkpoint)
         LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(checkpoint)
-        parts = max(1, round(questions / 57))
-        for task, limit, shots in (("mmlu", parts, 5), ("hellaswag", questions, 0)):
-            _print_task(checkpoint, data, folder / task, (task, limit, shots))
-
-
-def _print_task(checkpoint: Path, data: Path, folder: Path, what: tuple[str, int, int]) -> None:
-    task, limit, shots = what
-    count = 4 * (limit * 57 if task == "mmlu" else limit)
-    peers: list[PeerRun] = []
-    for batch in (1, 8):
-        options = ("--num_fewshot", str(shots), "--batch_size", str(batch))
-        peers.append(run(checkpoint, data, folder / str(batch), task, limit, *options))
-        mine = ours(checkpoint, data, folder / f"ours{batch}", task, limit, shots, 16)
-        largest = max(one.largest or 0.0 for one in differences(peers[-1], mine).values())
-        for name, done, gap in (
-            (f"lm_eval, batch size {batch}", peers[-1], ""),
-            ("quantbench, batch size 16", mine, f"{largest:.1e}"),
+        mmlu = ",".join(f"mmlu_{subject}" for subject in chosen)
+        for title, task, limit, shots, count in (
+            ("hellaswag", "hellaswag", questions, 0, questions),
+            (f"mmlu, {len(chosen)} subjects", mmlu, OF_SUBJECT, 5, OF_SUBJECT * len(chosen)),
         ):
-            rate = count / done.answering_seconds
-            print(
-                f"| {task} | {name} | {count} | {done.answering_seconds:.1f} | {rate:.2f} | "
-                f"{done.seconds:.1f} | {gap} |",
-                flush=True,
-            )
+            place = folder / title
+            for batch in (1, 8):
+                options = ("--num_fewshot", str(shots), "--batch_size", str(batch))
+                peer = run(checkpoint, data, place / str(batch), task, limit, *options)
+                mine = ours(checkpoint, data, place / f"ours{batch}", task, limit, shots, 16)
+                gap = max(one.largest or 0.0 for one in differences(peer, mine).values())
+                _print_run(title, f"lm_eval, batch size {batch}", 4 * count, peer, "")
+                _print_run(title, "quantbench, batch size 16", 4 * count, mine, f"{gap:.1e}")
+
+
+def _print_run(task: str, name: str, count: int, done: PeerRun | OurRun, gap: str) -> None:
+    spent = done.answering_seconds
+    print(
+        f"| {task} | {name} | {count} | {spent:.1f} | {count / spent:.2f} | {done.seconds:.1f} | "
+        f"{gap} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -112,6 +112,19 @@ def test_tokens_of_requests_are_shared_through_the_cache(tmp_path: Path) -> None
     assert adapter(model, tokenizer).loglikelihood(asked) == first
 
 
+def test_rows_that_influence_each_other_are_read_alone() -> None:
+    engine, tokenizer = CountingEngine(tiny("llama")), tiny_tokenizer()
+    engine.couples_rows = True
+    asked = [(SHOTS, f"{letter} is the one") for letter in "ABCD"]
+    adapter(engine, tokenizer).loglikelihood(requests(*asked))
+    whole = len(tokenizer.encode(SHOTS + "A is the one")) - 1
+    assert engine.shapes == [(1, whole)] * 4
+    engine.shapes.clear()
+    free = {"until": [], "max_gen_toks": 3}
+    adapter(engine, tokenizer).generate_until(requests((SHOTS, free), (SHOTS + "one", free)))
+    assert {batch for batch, _ in engine.shapes} == {1}
+
+
 def test_rolling_log_likelihoods_are_lm_evals_own(peer_class: Any) -> None:
     model, tokenizer = tiny("llama"), tiny_tokenizer()
     peer = peer_class(pretrained=model, tokenizer=tokenizer, batch_size=1)

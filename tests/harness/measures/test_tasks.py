@@ -150,6 +150,9 @@ def test_values_and_details_of_tasks_and_groups(tmp_path: Path) -> None:
     asked = context.answers["acc", "stem_5shot"].questions
     assert details["stem"]["questions"] == hashlib.sha256("\n".join(asked).encode()).hexdigest()
     assert details["stem"]["metrics"] == ["acc"]
+    assert {name: one["chance"] for name, one in details.items() if "chance" in one} == {
+        name: 0.25 for name in details if name not in ("gsm8k", "lambada_openai")
+    }
     assert details["whole"]["metrics"] == []
     assert (details["stem"]["num_fewshot"], details["stem"]["version"]) == (5, "2")
     answer = json.loads(context.answers["acc", "mmlu_anatomy_5shot"].answers[0])
