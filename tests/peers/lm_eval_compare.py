@@ -9,7 +9,6 @@ the data sets as the hub names them.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
 import time
