@@ -47,6 +47,9 @@ Score = tuple[float, bool]
 MAX_GEN_TOKS = 256
 """Tokens that a task which says nothing of it lets a model write: lm-eval's own default."""
 
+OVERHEAD = {"cpu": 16, "cuda": 256}
+"""Tokens that take about as long to compute as the weights take to be read."""
+
 TOKENIZED = "requests"
 
 ENCODED_AT_ONCE = 4096
@@ -62,6 +65,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         batch_size: sequences read at once.
         stop_ids: tokens that end a text, beside the tokenizer's own end of text.
         cache: where the tokens of requests are kept; None keeps none.
+        device: where the engine computes, `cpu` or `cuda`.
     """
 
     backend = "causal"
@@ -73,6 +77,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         batch_size: int,
         stop_ids: Iterable[int],
         cache: Cache | None = None,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.engine = engine
@@ -80,6 +85,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         self.batch_size = 1 if couples_rows(engine) else batch_size
         self.stop_ids = frozenset(stop_ids) | {self.eot_token_id}
         self.cache = cache
+        self.overhead = OVERHEAD[device]
         self._encoded: dict[str, list[int]] = {}
 
     @property
@@ -216,7 +222,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
             for tokens in inputs
         ]
         scores: dict[int, Score] = {}
-        for place, logits in RowReader(self.engine, self.batch_size).logits(rows):
+        reader = RowReader(self.engine, self.batch_size, self.overhead)
+        for place, logits in reader.logits(rows):
             members = asked[inputs[place]]
             found = _scores(logits, [requests[index][2] for index in members])
             scores.update(zip(members, found, strict=True))
@@ -304,7 +311,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
         texts = [""] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            written = write_greedily(self.engine, [prompts[index] for index in batch], most, ends)
+            given = [prompts[index] for index in batch]
+            written = write_greedily(self.engine, given, most, ends, self.overhead)
             for index, tokens in zip(batch, written, strict=True):
                 kept = tokens[:-1] if tokens[-1] in self.stop_ids else tokens
                 texts[index] = self.tokenizer.decode(kept, skip_special_tokens=True)

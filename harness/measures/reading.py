@@ -7,28 +7,28 @@ model sees. Where the engine can fork its cache, rows that begin alike go on fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.measures.shared_prefix import LEAST_SEGMENT, Node, Row, shared_beginnings
+from harness.measures.shared_prefix import Node, Row, shared_beginnings
 from harness.measures.windows import FLOAT_BYTES, LOGITS_BYTES
 from methods.base import Cache, Engine, Forking
 
-SLACK = 4
-"""Beginnings read together differ by at most so many tokens, which are read again for each row."""
-
-MOST_PADDED = 1.25
-"""Tokens of a batch over those of its rows: beyond it a smaller batch is faster."""
-
 
 class RowReader:
-    """Reads rows through `engine`, at most `batch_size` at once."""
+    """Reads rows through `engine`, at most `batch_size` at once.
 
-    def __init__(self, engine: Engine, batch_size: int) -> None:
+    `overhead` is how many tokens cost as much as a forward does by itself: what is padded or read
+    twice is weighed against it, and a beginning shorter than that is not shared.
+    """
+
+    def __init__(self, engine: Engine, batch_size: int, overhead: int) -> None:
         self.engine = engine
         self.batch_size = batch_size
+        self.overhead = overhead
         self.forking = _forking(engine)
         # As many sequences as the engine forks where one cache is read on.
         self.forked = batch_size
@@ -43,7 +43,7 @@ class RowReader:
         if self.forking is None:
             yield from self._leaves(rows, [(index, 0) for index in range(len(rows))], None, 0)
             return
-        root = shared_beginnings(rows)
+        root = shared_beginnings(rows, self.overhead)
         yield from self._leaves(rows, [(index, 0) for index in root.leaves], None, 0)
         yield from self._children(rows, [(child, 0) for child in root.children], None, 0)
 
@@ -53,15 +53,21 @@ class RowReader:
         """Read on from `cache`, which holds `start` tokens, into `nodes`; each names its sequence.
 
         Beginnings of nearly equal length are read together, up to the shortest's end; the few
-        tokens that the others are longer by are read with their rows.
+        tokens that the others are longer by are read again with each row.
         """
         nodes = sorted(nodes, key=lambda entry: (-entry[0].end, entry[0].row))
-        while nodes:
-            near = nodes[0][0].end - SLACK
-            size = next((i for i, (node, _) in enumerate(nodes) if node.end < near), len(nodes))
-            size = min(size, self.forked)
-            batch, nodes = nodes[:size], nodes[size:]
-            end = batch[-1][0].end
+        ends = [node.end for node, _ in nodes]
+        following = [len(node.leaves) + len(node.children) for node, _ in nodes]
+        after = [0, *accumulate(following)]
+        weighted = [0, *accumulate(end * n for end, n in zip(ends, following, strict=True))]
+
+        def cost(i: int, j: int) -> int:
+            end = ends[j - 1]
+            again = weighted[j] - weighted[i] - end * (after[j] - after[i])
+            return (j - i) * (end - start) + again + self.overhead
+
+        for i, j in batches(len(nodes), self.forked, cost):
+            batch, end = nodes[i:j], ends[j - 1]
             ids = torch.tensor([rows[node.row].tokens[start:end] for node, _ in batch])
             fork = self._fork(cache, [sequence for _, sequence in batch])
             _, read = self.engine.prefill(ids, fork, last=1)
@@ -75,11 +81,17 @@ class RowReader:
         self, rows: Sequence[Row], leaves: list[tuple[int, int]], cache: Cache | None, start: int
     ) -> Iterator[tuple[int, Tensor]]:
         """Read the rest of the rows `leaves` behind their sequence of `cache`."""
+        if not leaves:
+            return
         leaves = sorted(leaves, key=lambda leaf: (-len(rows[leaf[0]].tokens), rows[leaf[0]].tokens))
-        while leaves:
-            most = self.batch_size if cache is None else self.forked
-            size = self._size([rows[index] for index, _ in leaves[:most]], start)
-            batch, leaves = leaves[:size], leaves[size:]
+        lengths = [len(rows[index].tokens) - start for index, _ in leaves]
+
+        def cost(i: int, j: int) -> int:
+            return (j - i) * lengths[i] + self.overhead
+
+        most = self._most([rows[index] for index, _ in leaves], cache is not None)
+        for i, j in batches(len(leaves), most, cost):
+            batch = leaves[i:j]
             members = [rows[index] for index, _ in batch]
             length = len(members[0].tokens)
             first = min(row.shareable for row in members)
@@ -89,26 +101,33 @@ class RowReader:
             for (index, _), row, found in zip(batch, members, logits, strict=True):
                 yield index, found[row.shareable - first : len(row.tokens) - first]
 
-    def _size(self, rows: Sequence[Row], start: int) -> int:
-        """Return how many of `rows`, the longest first, are read at once.
-
-        Padding is computed as any token is, and the logits of the batch must fit.
-        """
-        longest = len(rows[0].tokens) - start
+    def _most(self, rows: Sequence[Row], forked: bool) -> int:
+        """Return how many of `rows` may be read at once, so that their logits fit."""
         scored = max(len(row.tokens) - row.shareable for row in rows)
-        most = max(1, LOGITS_BYTES // (scored * self.engine.vocab_size * FLOAT_BYTES))
-        total = 0
-        for count, row in enumerate(rows[:most], start=1):
-            total += len(row.tokens) - start
-            if count * longest > MOST_PADDED * total:
-                return count - 1
-        return min(most, len(rows))
+        fitting = LOGITS_BYTES // (scored * self.engine.vocab_size * FLOAT_BYTES)
+        return max(1, min(self.forked if forked else self.batch_size, fitting))
 
     def _fork(self, cache: Cache | None, sequences: Sequence[int]) -> Cache | None:
         if cache is None:
             return None
         assert self.forking is not None
         return self.forking.fork(cache, sequences)
+
+
+def batches(count: int, most: int, cost: Callable[[int, int], int]) -> Iterator[tuple[int, int]]:
+    """Yield the cheapest cut of `count` things in order into runs [i, j) of at most `most`.
+
+    `cost(i, j)` is that of one run; the sum over all is least (dynamic programming).
+    """
+    least, start = [0], [0]
+    for j in range(1, count + 1):
+        found = min((least[i] + cost(i, j), i) for i in range(max(0, j - most), j))
+        least.append(found[0])
+        start.append(found[1])
+    cuts = [count]
+    while cuts[-1] > 0:
+        cuts.append(start[cuts[-1]])
+    yield from pairwise(reversed(cuts))
 
 
 def _forking(engine: Engine) -> Forking | None:
@@ -126,14 +145,14 @@ Ends = Callable[[list[int]], bool]
 
 
 def write_greedily(
-    engine: Engine, prompts: Sequence[Sequence[int]], most: int, ends: Ends
+    engine: Engine, prompts: Sequence[Sequence[int]], most: int, ends: Ends, overhead: int
 ) -> list[list[int]]:
     """Return the tokens that greedy decoding writes behind each of `prompts`, at most `most`.
 
     All rows advance together: a prompt longer than the shortest is fed token by token while the
-    shorter ones already write, so a batch needs no padding. Where the engine can fork, a common
-    beginning is read once, and rows whose texts have ended are dropped; not where it forks one
-    sequence only.
+    shorter ones already write, so a batch needs no padding. Where the engine forks any number of
+    sequences, a common beginning of `overhead` tokens is read once, and rows whose texts have ended
+    are dropped.
     """
     forking = _forking(engine)
     if forking is not None and forking.most_forked is not None:
@@ -143,7 +162,7 @@ def write_greedily(
     start = 0
     if forking is not None and len(prompts) > 1:
         start = _common(prompts, shortest - 1)
-        start = start if start >= LEAST_SEGMENT else 0
+        start = start if start >= overhead else 0
         if start:
             _, cache = engine.prefill(torch.tensor([prompts[0][:start]]), last=1)
             cache = forking.fork(cache, [0] * len(prompts))

@@ -10,12 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LEAST_SEGMENT = 16
-"""Fewer tokens than this are not worth a forward of their own: on a CPU reading 16 tokens takes
-about as long as reading the weights, on a card far more tokens do."""
-
-LEAST_SAVED = 32
-"""Tokens that must be spared by a forward of its own, which also costs a copy of its cache."""
+WORTH = 2
+"""Times the overhead that a forward of its own must spare: it also costs a copy of its cache."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,12 @@ class _Interval:
     inside: list[_Interval] = field(default_factory=list)
 
 
-def shared_beginnings(rows: Sequence[Row]) -> Node:
+def shared_beginnings(rows: Sequence[Row], overhead: int) -> Node:
     """Return the tree whose root is the empty beginning; each row is a leaf of exactly one node.
 
-    Leaves and children stand in the order of the sorted rows.
+    `overhead` is how many tokens cost as much as a forward does by itself: a beginning is at least
+    so long, and spares WORTH times as much. Leaves and children stand in the order of the sorted
+    rows.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
     root = Node(order[0] if order else 0, 0)
@@ -66,8 +64,9 @@ def shared_beginnings(rows: Sequence[Row]) -> Node:
     while waiting:
         above, interval = waiting.pop()
         segment = interval.length - above.end
+        spared = (interval.high - interval.low - 1) * segment
         node = above
-        if segment >= LEAST_SEGMENT and (interval.high - interval.low - 1) * segment >= LEAST_SAVED:
+        if segment >= overhead and spared >= WORTH * overhead:
             node = Node(order[interval.low], interval.length)
             above.children.append(node)
         covered = [place for one in interval.inside for place in range(one.low, one.high)]

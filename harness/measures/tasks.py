@@ -128,6 +128,7 @@ class Tasks:
             batch_size=self.batch_size,
             stop_ids=_stop_ids(context.artefact),
             cache=context.cache,
+            device=context.hardware.device,
         )
         registry = registry_of(self.tasks, parts, include_folder(self.include), cache)
         values: list[Value] = []

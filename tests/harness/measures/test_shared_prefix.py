@@ -7,8 +7,9 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.measures import shared_prefix
-from harness.measures.shared_prefix import Node, Row, shared_beginnings
+from harness.measures.shared_prefix import WORTH, Node, Row, shared_beginnings
+
+OVERHEAD = 16
 
 
 def nodes_of(root: Node) -> list[Node]:
@@ -17,7 +18,7 @@ def nodes_of(root: Node) -> list[Node]:
 
 def check(rows: list[Row]) -> Node:
     """Every row is one leaf, and every beginning is shareable by all rows below it."""
-    root = shared_beginnings(rows)
+    root = shared_beginnings(rows, OVERHEAD)
     leaves = [leaf for node in nodes_of(root) for leaf in node.leaves]
     assert sorted(leaves) == list(range(len(rows)))
     for node in nodes_of(root):
@@ -61,14 +62,14 @@ def test_shots_and_questions_are_two_levels() -> None:
 
 
 def test_short_beginnings_are_not_worth_a_forward() -> None:
-    least = shared_prefix.LEAST_SEGMENT
+    least = OVERHEAD
     short = [Row((*range(least - 1), 100 + i, 7), least) for i in range(50)]
     assert not check(short).children
     long = [Row((*range(least), 100 + i, 7), least + 1) for i in range(50)]
     assert [child.end for child in check(long).children] == [least]
     # Two rows spare one segment, which must be long enough for that.
     assert not check(long[:2]).children
-    spared = shared_prefix.LEAST_SAVED
+    spared = WORTH * OVERHEAD
     assert check([Row((*range(spared), 100 + i, 7), spared) for i in range(2)]).children
 
 
@@ -80,7 +81,7 @@ def test_thousands_of_nested_rows_are_no_recursion() -> None:
 
 def check_shallow(rows: list[Row]) -> list[int]:
     found: list[int] = []
-    waiting = [shared_beginnings(rows)]
+    waiting = [shared_beginnings(rows, OVERHEAD)]
     while waiting:
         node = waiting.pop()
         found += node.leaves
