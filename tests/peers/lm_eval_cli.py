@@ -20,6 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+ANSWERING = ("loglikelihood", "generate_until")
+"""What lm-eval asks a model."""
+
 
 @dataclass(frozen=True)
 class PeerRun:
@@ -29,11 +32,33 @@ class PeerRun:
         samples: task -> its logged samples, in document order, one of each filter.
         seconds: of the whole command.
         answering_seconds: spent in the model's `loglikelihood` and `generate_until`.
+        processor_seconds: the same of all its threads, which another program's work hardly changes.
     """
 
     samples: Mapping[str, list[dict[str, Any]]]
     seconds: float
     answering_seconds: float
+    processor_seconds: float
+
+
+class Clock:
+    """Adds up the seconds spent in calls, by the clock and of the process's threads."""
+
+    def __init__(self) -> None:
+        self.seconds = self.processor_seconds = 0.0
+
+    def timing(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `answer`, timed."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            start, processor = time.perf_counter(), time.process_time()
+            try:
+                return answer(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.processor_seconds += time.process_time() - processor
+
+        return call
 
 
 def run(
@@ -62,7 +87,7 @@ def run(
         task = path.name.removeprefix("samples_").rpartition("_")[0]
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         samples[task] = sorted(rows, key=lambda row: int(row["doc_id"]))
-    return PeerRun(samples, seconds, json.loads(times.read_text()))
+    return PeerRun(samples, seconds, *json.loads(times.read_text()))
 
 
 def main(data: str, cache: str, times: str, *arguments: str) -> None:
@@ -73,24 +98,13 @@ def main(data: str, cache: str, times: str, *arguments: str) -> None:
     from harness.cache import Cache
     from harness.measures.task_data import data_from
 
-    spent = [0.0]
-
-    def timed(answer: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return answer(*args, **options)
-            finally:
-                spent[0] += time.perf_counter() - start
-
-        return call
-
-    for name in ("loglikelihood", "generate_until"):
-        setattr(HFLM, name, timed(getattr(HFLM, name)))
+    clock = Clock()
+    for name in ANSWERING:
+        setattr(HFLM, name, clock.timing(getattr(HFLM, name)))
     sys.argv = ["lm_eval", *arguments]
     with data_from(Path(data), Cache(Path(cache))):
         cli_evaluate()
-    Path(times).write_text(json.dumps(spent[0]))
+    Path(times).write_text(json.dumps([clock.seconds, clock.processor_seconds]))
 
 
 if __name__ == "__main__":

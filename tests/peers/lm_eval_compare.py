@@ -12,7 +12,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import (
 from harness.measures.tasks import Tasks
 from methods.engine import TorchEngine
 from tests.harness.measures.surroundings import drawn_ids, make_context
-from tests.peers.lm_eval_cli import PeerRun, run
+from tests.peers.lm_eval_cli import ANSWERING, Clock, PeerRun, run
 
 TOLERANCE = 1e-4
 """Largest difference of two log-likelihoods, nats; choices closer than that are one."""
@@ -82,6 +83,7 @@ class OurRun:
     answers: Mapping[tuple[str, str], Mapping[str, tuple[float, Any]]]
     seconds: float
     answering_seconds: float
+    processor_seconds: float
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def ours(
     context = make_context(folder, drawn_ids(1, 8), tokenizer=tokenizer)
     context.task_folder, context.artefact = data, model
     measure = Tasks(tasks.split(","), limit=limit, num_fewshot=shots, batch_size=batch)
-    spent = [0.0]
-    with _timed(EngineModel, spent):
+    clock = Clock()
+    with _timed(EngineModel, clock):
         values = measure.run(TorchEngine(loaded, "cpu", []), context)
     seconds = time.perf_counter() - start
     if context.problems or not values:
@@ -131,33 +133,20 @@ def ours(
                 known.questions, value.samples, known.answers, strict=True
             )
         }
-    return OurRun(answers, seconds, spent[0])
+    return OurRun(answers, seconds, clock.seconds, clock.processor_seconds)
 
 
-class _timed:  # noqa: N801  # read as a verb
-    """Adds up the seconds spent in a model's answers while the block runs."""
-
-    def __init__(self, model: type, spent: list[float]) -> None:
-        self.model, self.spent = model, spent
-        self.own = {name: getattr(model, name) for name in ("loglikelihood", "generate_until")}
-
-    def __enter__(self) -> None:
-        for name, answer in self.own.items():
-            setattr(self.model, name, self._timing(answer))
-
-    def __exit__(self, *_: object) -> None:
-        for name, answer in self.own.items():
-            setattr(self.model, name, answer)
-
-    def _timing(self, answer: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return answer(*args, **options)
-            finally:
-                self.spent[0] += time.perf_counter() - start
-
-        return call
+@contextmanager
+def _timed(model: type, clock: Clock) -> Iterator[None]:
+    """Time a model's answers while the block runs."""
+    own = {name: getattr(model, name) for name in ANSWERING}
+    for name, answer in own.items():
+        setattr(model, name, clock.timing(answer))
+    try:
+        yield
+    finally:
+        for name, answer in own.items():
+            setattr(model, name, answer)
 
 
 METRICS = {"none": "", "strict-match": "_strict", "flexible-extract": "_flexible"}
@@ -208,6 +197,7 @@ def equality(model: Path, data: Path, folder: Path) -> dict[tuple[str, str], Dif
     return found
 
 
+TIMES = ("Seconds answering", "Requests/s", "Processor seconds answering", "Seconds in all")
 GAP = "Largest difference of a log-likelihood (nats)"
 
 
@@ -231,7 +221,7 @@ def print_throughput(
 ) -> None:
     """Print requests a second of both: HellaSwag, and MMLU with 5 examples on some subjects."""
     print(f"{torch.get_num_threads()} threads\n")
-    _heads("Task", "Run", "Requests", "Seconds answering", "Requests/s", "Seconds in all", GAP)
+    _heads("Task", "Run", "Requests", *TIMES, GAP)
     chosen = SUBJECTS[:: -(-len(SUBJECTS) // subjects)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -257,8 +247,8 @@ def print_throughput(
 def _print_run(task: str, name: str, count: int, done: PeerRun | OurRun, gap: str) -> None:
     spent = done.answering_seconds
     print(
-        f"| {task} | {name} | {count} | {spent:.1f} | {count / spent:.2f} | {done.seconds:.1f} | "
-        f"{gap} |",
+        f"| {task} | {name} | {count} | {spent:.1f} | {count / spent:.2f} | "
+        f"{done.processor_seconds:.1f} | {done.seconds:.1f} | {gap} |",
         flush=True,
     )
 
