@@ -255,20 +255,19 @@ def _on(row: Row, names: Sequence[str], figures: Mapping[str, tuple[str, str]]) 
 
 
 def _at_chance(group: Group) -> list[str]:
-    """Return a sentence for each task whose baseline answers no better than chance."""
-    judged = judge(group)
-    found: dict[str, None] = {}
-    for (_, metric, protocol), one in judged.found.items():
+    """Return a sentence on the tasks that the baseline answers no better than chance does."""
+    scores: dict[float, dict[str, None]] = defaultdict(dict)
+    for (_, metric, protocol), one in judge(group).found.items():
         if one.at_chance:
             score = one.baseline.values[metric, protocol].value
             task = protocols.task_of(protocol)
             random = chance(one.baseline, task) or 0.0
-            found[
-                f"{task} {metric}: the baseline's own score, {100 * score:.1f} %, is not above "
-                f"that of random answers ({100 * random:.1f} %), so it says nothing of what a "
-                "method costs."
-            ] = None
-    return list(found)
+            scores[random][f"{task} {metric} ({100 * score:.1f} %)"] = None
+    return [
+        f"The baseline's own score of {words.listed(list(names))} is not above that of random "
+        f"answers ({100 * random:.1f} %), so it says nothing of what a method costs."
+        for random, names in scores.items()
+    ]
 
 
 def _broken(group: Group) -> list[Finding]:

@@ -107,9 +107,19 @@ def screening(protocol: str) -> str:
     match = re.search(r"_first(\d+)$", protocol)
     if match is not None:
         return f"screening: first {words.count(int(match[1]), 'window')}"
+    asked = _limit(protocol)
+    return f"screening: first {_questions(asked)}" if asked else ""
+
+
+def limit(protocol: str) -> int | None:
+    """Return how many questions of each task were asked; None where that is no single number."""
+    asked = _limit(protocol)
+    return int(asked) if asked and asked.isdecimal() else None
+
+
+def _limit(protocol: str) -> str | None:
     match = re.search(rf"{_SHOTS}$", protocol)
-    limit = match["limit"] if match is not None else None
-    return f"screening: first {_questions(limit)}" if limit else ""
+    return match["limit"] if match is not None else None
 
 
 def _questions(limit: str) -> str:

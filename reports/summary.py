@@ -289,11 +289,17 @@ def _format_stability(rows: Sequence[Row], protocol: str) -> Column:
 
 def _note(of_family: str, protocol: str, values: Sequence[Value]) -> str:
     screening = protocols.screening(protocol)
-    if screening or of_family not in ("tasks", "perplexity"):
+    if of_family not in ("tasks", "perplexity"):
         return screening
     counts = {len(value.samples) for value in values if value.samples}
-    if len(counts) != 1:
-        return ""
+    if screening or len(counts) != 1:
+        # The limit of a group is that of each of its parts.
+        parts = (
+            of_family == "tasks"
+            and len(counts) == 1
+            and protocols.limit(protocol) not in (None, *counts)
+        )
+        return f"{screening} of each part, {counts.pop():,} in all" if parts else screening
     return words.count(counts.pop(), "question" if of_family == "tasks" else "window")
 
 

@@ -7,7 +7,7 @@ from harness.record import Record
 from reports.gather import make_groups, make_rows
 from reports.rows import Group
 from reports.summary import Cell, Column, Table, detail_table, summary_table
-from tests.reports.synthetic import PERPLEXITY, changed, partial, simulated
+from tests.reports.synthetic import PERPLEXITY, changed, partial, score_of, simulated
 
 
 def group_of(records: list[Record]) -> Group:
@@ -109,6 +109,10 @@ def test_the_head_says_how_much_stands_behind_a_figure(grid: list[Record]) -> No
     assert column_of(table, "acc").head == "endings acc"
     details = detail_table(group_of(grid), {"tasks"})
     assert cell_of(details, "acc", "fp32").spread.startswith("± ")
+    whole = score_of("whole_5shot_limit2", "acc_norm", (1.0, 0.0, 1.0, 0.0, 1.0))
+    group = group_of([replace(grid[0], values=(whole,))])
+    note = column_of(detail_table(group, {"tasks"}), "acc_norm").note
+    assert note == "screening: first 2 questions of each part, 5 in all"
 
 
 def test_the_summary_has_one_perplexity_and_one_score_a_task(grid: list[Record]) -> None:
