@@ -76,7 +76,7 @@ def test_it_is_gguf_with_another_way_to_load(engine: ServerEngine, artefact: Pat
     assert not (isinstance(method(), LoadingMethod) and method().loadings)
     assert engine.runtime == "llama-cpp-python server"
     assert (engine.vocab_size, engine.context_length) == (VOCABULARY, CONTEXT)
-    assert engine.capabilities == {"serve", "logprobs"}
+    assert engine.capabilities == {"serve", "generate", "logprobs"}
     in_process = method(Gguf).load(artefact, Machine())
     assert engine.kernels() == in_process.kernels()
     in_process.close()
@@ -136,7 +136,7 @@ def test_the_environment_changes_no_setting(
     before = servers()
     engine = method(logits_all=False).load(artefact, Machine())
     try:
-        assert engine.capabilities == {"serve"}, "without the logits of prompts none are scored"
+        assert engine.capabilities == {"serve", "generate"}, "without the logits of prompts none are scored"
         assert "tokens cannot be scored" in engine.notes[-1]
         assert engine.respond(ids_of("to the east")[0].tolist(), 4).tokens == 4
     finally:

@@ -51,7 +51,7 @@ def test_the_artefact_says_where_the_server_is(tmp_path: Path) -> None:
         }
         engine = method.load(tmp_path, Machine())
         assert engine.runtime == "vLLM server"
-        assert engine.capabilities == {"serve", "logprobs"}
+        assert engine.capabilities == {"serve", "generate", "logprobs"}
         assert (engine.vocab_size, engine.context_length) == (VOCABULARY, CONTEXT)
         engine.close()
 
