@@ -136,7 +136,9 @@ def test_the_environment_changes_no_setting(
     before = servers()
     engine = method(logits_all=False).load(artefact, Machine())
     try:
-        assert engine.capabilities == {"serve", "generate"}, "without the logits of prompts none are scored"
+        assert engine.capabilities == {"serve", "generate"}, (
+            "without the logits of prompts none are scored"
+        )
         assert "tokens cannot be scored" in engine.notes[-1]
         assert engine.respond(ids_of("to the east")[0].tolist(), 4).tokens == 4
     finally:
