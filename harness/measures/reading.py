@@ -6,6 +6,7 @@ model sees. Where the engine can fork its cache, rows that begin alike go on fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -85,11 +86,17 @@ class RowReader:
             return
         leaves = sorted(leaves, key=lambda leaf: (-len(rows[leaf[0]].tokens), rows[leaf[0]].tokens))
         lengths = [len(rows[index].tokens) - start for index, _ in leaves]
+        scored = max(len(rows[index].tokens) - rows[index].shareable for index, _ in leaves)
+        fitting = LOGITS_BYTES // (self.engine.vocab_size * FLOAT_BYTES)
 
-        def cost(i: int, j: int) -> int:
+        def cost(i: int, j: int) -> float:
+            # The logits begin where the shortest row's are asked for, or before.
+            logits = (j - i) * (lengths[i] - lengths[j - 1] + scored)
+            if j - i > 1 and logits > fitting:
+                return math.inf
             return (j - i) * lengths[i] + self.overhead
 
-        most = self._most([rows[index] for index, _ in leaves], cache is not None)
+        most = self.batch_size if cache is None else self.forked
         for i, j in batches(len(leaves), most, cost):
             batch = leaves[i:j]
             members = [rows[index] for index, _ in batch]
@@ -101,12 +108,6 @@ class RowReader:
             for (index, _), row, found in zip(batch, members, logits, strict=True):
                 yield index, found[row.shareable - first : len(row.tokens) - first]
 
-    def _most(self, rows: Sequence[Row], forked: bool) -> int:
-        """Return how many of `rows` may be read at once, so that their logits fit."""
-        scored = max(len(row.tokens) - row.shareable for row in rows)
-        fitting = LOGITS_BYTES // (scored * self.engine.vocab_size * FLOAT_BYTES)
-        return max(1, min(self.forked if forked else self.batch_size, fitting))
-
     def _fork(self, cache: Cache | None, sequences: Sequence[int]) -> Cache | None:
         if cache is None:
             return None
@@ -114,12 +115,12 @@ class RowReader:
         return self.forking.fork(cache, sequences)
 
 
-def batches(count: int, most: int, cost: Callable[[int, int], int]) -> Iterator[tuple[int, int]]:
+def batches(count: int, most: int, cost: Callable[[int, int], float]) -> Iterator[tuple[int, int]]:
     """Yield the cheapest cut of `count` things in order into runs [i, j) of at most `most`.
 
     `cost(i, j)` is that of one run; the sum over all is least (dynamic programming).
     """
-    least, start = [0], [0]
+    least, start = [0.0], [0]
     for j in range(1, count + 1):
         found = min((least[i] + cost(i, j), i) for i in range(max(0, j - most), j))
         least.append(found[0])
