@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import GPT2Tokenizer, LlamaTokenizer
@@ -32,21 +28,11 @@ from harness.rows import read_rows
 from kernels.errors import ConfigError
 from tests.architectures import BOS_ID, tiny_tokenizer
 from tests.harness.hub_server import CLOSED, Hub, ask, serve
+from tests.harness.task_folders import write as write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("QUANTBENCH_SHARED", str(ROOT.parent / "shared")))
 ROWS = ["", " = A Title = \n", "", " First line , of text . \n", " Second . \n"]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    else:
-        path.write_text(lines, encoding="utf-8")
 
 
 def local(root: Path, **changes: Any) -> LocalData:
