@@ -8,7 +8,7 @@ LEGACY := .venv-legacy
 LEGACY_PIP := $(LEGACY)/bin/python -m pip
 LEGACY_PINS := methods/legacy/constraints.txt
 
-.PHONY: bench test check format lint types imports gguf legacy-env clean
+.PHONY: bench test check format lint types imports gguf legacy-env gpu-check gpu-bench clean
 
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
@@ -29,6 +29,16 @@ types: $(TESTED)
 
 imports: $(TESTED)
 	$(BIN)/lint-imports
+
+# On a machine with a card: nothing is installed, $(PYTHON) has torch and cuda-core. Minutes each.
+gpu-check:
+	$(PYTHON) -m kernels.build
+	$(PYTHON) -m pytest tests/kernels
+	$(PYTHON) -m kernels.bench --check --device cuda --dtype float16
+	$(PYTHON) -m kernels.bench --check --device cuda --dtype bfloat16
+
+gpu-bench:
+	$(PYTHON) -m kernels.bench --device cuda --minutes 8
 
 clean:
 	rm -rf $(VENV) $(LEGACY) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,322 @@
+"""`python -m kernels.bench`: our packed kernels beside every other that is installed.
+
+Each of ours is checked against float64, and then all are timed in turns, shape by shape and number
+of tokens by number of tokens, on weights that are in no cache. Results go to
+`benchmarks/<card or processor>/kernels/` as JSON, with every sample, and as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import bench_cpu, bench_cuda
+from kernels.bench_core import (
+    SCHEMES,
+    TOLERANCE,
+    UNQUANTIZED,
+    Contender,
+    Prepared,
+    Rotation,
+    Scheme,
+    largest_error,
+    on_grid,
+    prepare,
+)
+from kernels.bench_report import Row, machine, refusals, slug, write
+from kernels.bench_timing import cache_bytes, copy_bandwidth, time_calls
+from kernels.errors import ConfigError
+
+CONTENDERS = {"cpu": bench_cpu.CONTENDERS, "cuda": bench_cuda.CONTENDERS}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DTYPE = {"cpu": "bfloat16", "cuda": "float16"}
+
+SHAPES: dict[str, tuple[int, int]] = {
+    "7B gate+up": (22016, 4096),
+    "7B up": (11008, 4096),
+    "7B down": (4096, 11008),
+    "7B qkv": (12288, 4096),
+    "7B o": (4096, 4096),
+    "13B gate+up": (27648, 5120),
+    "13B up": (13824, 5120),
+    "13B down": (5120, 13824),
+    "13B qkv": (15360, 5120),
+    "13B o": (5120, 5120),
+    "odd": (4095, 4097),
+}
+"""Name -> [out, in]: linear maps of LLaMA, fused and not, and one that nothing divides."""
+
+TOKENS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+QUICK_SHAPES, QUICK_TOKENS = ("7B up", "7B o"), (1, 16, 128)
+
+CHECK_SHAPES = {"small": (64, 128), "ragged": (67, 193), "odd": (1023, 1025), "7B o": (4096, 4096)}
+CHECK_TOKENS: tuple[int, ...] = (1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 128, 200, 1024)
+"""Both sides of every number of tokens at which another kernel takes over."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        seconds: for all contenders of one shape and number of tokens.
+        minutes: no further shape and number of tokens is begun after so many.
+        check: errors only, no times.
+    """
+
+    device: str
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, int]]
+    tokens: tuple[int, ...]
+    seconds: float = 1.0
+    minutes: float = float("inf")
+    check: bool = False
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender that holds the weight of a shape, and the row that its results go into."""
+
+    row: Row
+    weight: Tensor
+    rotation: Rotation
+
+
+def measure(
+    settings: Settings, contenders: Sequence[Contender], schemes: Sequence[Scheme] = SCHEMES
+) -> tuple[list[Row], list[str]]:
+    """Return one row for each contender, scheme, shape and number of tokens, and what was left out.
+
+    Contenders that are not installed have no rows.
+    """
+    present = [contender for contender in contenders if contender.missing() is None]
+    if settings.check:
+        present = [contender for contender in present if contender.role == "ours"]
+    end = time.monotonic() + 60 * settings.minutes
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for shape, (out, columns) in settings.shapes.items():
+        if time.monotonic() >= end:
+            left_out.append(shape)
+            continue
+        generator = torch.Generator().manual_seed(out * columns)
+        weight = (torch.randn(out, columns, generator=generator) * 0.02).to(settings.device)
+        entries, refused = _prepared(settings, present, shape, weight, schemes)
+        rows += refused
+        for tokens in settings.tokens:
+            if time.monotonic() >= end:
+                left_out.append(f"{shape} with M = {tokens}")
+                continue
+            x = torch.randn(tokens, columns, generator=generator)
+            rows += _timed(settings, entries, x.to(settings.device, settings.dtype))
+    return rows, left_out
+
+
+def _prepared(
+    settings: Settings,
+    contenders: Sequence[Contender],
+    shape: str,
+    weight: Tensor,
+    schemes: Sequence[Scheme],
+) -> tuple[list[Entry], list[Row]]:
+    """Put a weight into every contender's format, for every scheme; return who could, who not."""
+    entries: list[Entry] = []
+    refused: list[Row] = []
+    out, columns = weight.shape
+    for scheme in (UNQUANTIZED, *schemes):
+        asked = [contender for contender in contenders if scheme.bits in contender.bits]
+        given = on_grid(weight, scheme) if asked else weight
+        for contender in asked:
+            row = Row(
+                shape,
+                out,
+                columns,
+                0,
+                scheme.bits,
+                scheme.group_size,
+                contender.name,
+                contender.role,
+            )
+            contender.load()
+            start = time.perf_counter()
+            prepared = prepare(contender, given, scheme, settings.dtype)
+            _synchronize(settings.device)
+            row = replace(row, pack_seconds=time.perf_counter() - start)
+            if isinstance(prepared, Prepared):
+                entries.append(_entry(row, prepared, given, settings.cache_bytes))
+            else:
+                refused.append(replace(row, refusal=prepared))
+    return entries, refused
+
+
+def _entry(row: Row, prepared: Prepared, weight: Tensor, cache: int) -> Entry:
+    rotation = Rotation(prepared, cache)
+    row = replace(
+        row,
+        nbytes=prepared.nbytes,
+        copies=rotation.copies,
+        note=prepared.note,
+        registers=prepared.registers,
+    )
+    return Entry(row, weight, rotation)
+
+
+class _Product:
+    """A call without arguments; it tells how many copies take turns."""
+
+    def __init__(self, rotation: Rotation, x: Tensor) -> None:
+        self.copies = rotation.copies
+        self._rotation, self._x = rotation, x
+
+    def __call__(self) -> Tensor:
+        return self._rotation(self._x)
+
+
+def _timed(settings: Settings, entries: Sequence[Entry], x: Tensor) -> list[Row]:
+    """Check all contenders at one number of tokens, then time those that answered."""
+    rows: list[Row] = []
+    running: dict[str, tuple[Row, _Product]] = {}
+    for entry in entries:
+        row = replace(entry.row, tokens=x.shape[0])
+        try:
+            error = largest_error(x, entry.rotation(x), entry.weight)
+        except Exception as failure:
+            if row.role == "ours":
+                raise
+            first = (str(failure).strip() or "no message").splitlines()[0]
+            rows.append(replace(row, refusal=f"{type(failure).__name__}: {first}"))
+            continue
+        row = replace(row, error=error)
+        running[f"{row.scheme} {row.contender}"] = (row, _Product(entry.rotation, x))
+    if settings.check:
+        return rows + [row for row, _ in running.values()]
+    calls = {name: product for name, (_, product) in running.items()}
+    for name, timing in time_calls(calls, settings.device, settings.seconds).items():
+        rows.append(
+            replace(
+                running[name][0],
+                median=timing.median,
+                spread=timing.spread,
+                samples=timing.samples,
+                how=timing.how,
+            )
+        )
+    return rows
+
+
+def wrong(rows: Sequence[Row], dtype: torch.dtype) -> list[str]:
+    """Return one sentence for each of our rows whose error is beyond the tolerance."""
+    return [
+        f"{row.contender} {row.scheme} at {row.out_features}x{row.in_features}, M = {row.tokens}: "
+        f"error {row.error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+        for row in rows
+        if row.role == "ours" and not row.refusal and not row.error <= TOLERANCE[dtype]
+    ]
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
+    """Return settings and the folder for results.
+
+    Raises:
+        ConfigError: an option names something that is not there.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the activations")
+    parser.add_argument("--shapes", help="names or OUTxIN, by commas: '7B up,4095x4097'")
+    parser.add_argument("--m", help="numbers of tokens, by commas")
+    parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 16, 128")
+    parser.add_argument("--check", action="store_true", help="errors of our kernels, no times")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one shape and M")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    asked = parser.parse_args(arguments)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a CUDA card, and torch sees none")
+    shapes, tokens = (CHECK_SHAPES, CHECK_TOKENS) if asked.check else (SHAPES, TOKENS)
+    if asked.quick:
+        shapes, tokens = {name: SHAPES[name] for name in QUICK_SHAPES}, QUICK_TOKENS
+    if asked.shapes:
+        shapes = dict(_shape(text.strip()) for text in asked.shapes.split(","))
+    if asked.m:
+        tokens = tuple(_tokens(text) for text in asked.m.split(","))
+    settings = Settings(
+        device=asked.device,
+        dtype=DTYPES[asked.dtype or DEFAULT_DTYPE[asked.device]],
+        shapes=shapes,
+        tokens=tokens,
+        seconds=asked.seconds,
+        minutes=asked.minutes,
+        check=asked.check,
+        cache_bytes=0 if asked.check else cache_bytes(asked.device),
+    )
+    return settings, asked.output / slug(machine(asked.device)) / "kernels"
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int]]:
+    if text in SHAPES:
+        return text, SHAPES[text]
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise ConfigError(f"--shapes has {text}; shapes are OUTxIN, or one of {', '.join(SHAPES)}")
+    return text, (int(found.group(1)), int(found.group(2)))
+
+
+def _tokens(text: str) -> int:
+    if not text.strip().isdigit() or int(text) == 0:
+        raise ConfigError(f"--m has {text}; numbers of tokens are whole and above 0")
+    return int(text)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write and print; return 1 where one of our kernels is wrong."""
+    try:
+        settings, folder = parse(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    contenders = CONTENDERS[settings.device]
+    absent = {c.name: why for c in contenders if (why := c.missing()) is not None}
+    copy = None if settings.check else copy_bandwidth(settings.device)
+    rows, left_out = measure(settings, contenders)
+    absent |= dict.fromkeys(left_out, "the time was up")
+    for name, why in absent.items():
+        print(f"not measured: {name}: {why}")
+    errors = wrong(rows, settings.dtype)
+    for sentence in errors:
+        print(sentence, file=sys.stderr)
+    if copy is None:
+        checked = [row for row in rows if row.role == "ours" and not row.refusal]
+        print(f"checked {len(checked)} products against float64, {len(errors)} beyond tolerance")
+        print(refusals(rows), end="")
+        return 1 if errors or not checked else 0
+    environment = {
+        "machine": machine(settings.device),
+        "device": settings.device,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if settings.device == "cpu" else None,
+        "cache_bytes": settings.cache_bytes,
+    }
+    print(write(folder, environment, copy, rows, absent), end="")
+    print(f"results in {folder}")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
