@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.cpu import Stored
 from kernels.pack import pack, unpack
 from kernels.reference import dequantize_packed
+from kernels.stored import Stored
 
 Role = Literal["ours", "peer", "baseline"]
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import cpu
+from kernels import aten, cpu
 from kernels.bench_core import Contender, Prepared, codes_of, held_bytes, quantize
 from kernels.bench_peers import LIBRARIES
+from kernels.stored import Stored
 
 
 class Linear(nn.Module):
@@ -55,7 +56,7 @@ def packed(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Pr
 class Int4Op(nn.Module):
     """`_weight_int4pack_mm_for_cpu` as it is: no padding, scales in the type of the activations."""
 
-    def __init__(self, stored: cpu.Stored, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
         super().__init__()
         self.group_size = stored.group_size
         codes = codes_of(stored).int()
@@ -74,8 +75,8 @@ class Int4Op(nn.Module):
 
 def int4_op(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
     """Prepare PyTorch's int4 op; it wants rows in blocks of 16 and whole groups."""
-    if weight.shape[0] % cpu.INT4_ROWS or weight.shape[1] % group_size:
-        return f"takes multiples of {cpu.INT4_ROWS} rows and whole groups of inputs"
+    if weight.shape[0] % aten.INT4_ROWS or weight.shape[1] % group_size:
+        return f"takes multiples of {aten.INT4_ROWS} rows and whole groups of inputs"
     module = Int4Op(quantize(weight, bits, group_size), dtype)
     return Prepared(module, held_bytes(module))
 
@@ -83,7 +84,7 @@ def int4_op(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> P
 class Int8Op(nn.Module):
     """`_weight_int8pack_mm` as it is: scales in the type of the activations."""
 
-    def __init__(self, stored: cpu.Stored, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Buffer((codes_of(stored).short() - 128).to(torch.int8))
         self.scales = nn.Buffer(stored.scale.flatten().to(dtype))
@@ -96,8 +97,8 @@ class Int8Op(nn.Module):
 
 def int8_op(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
     """Prepare PyTorch's int8 op; it crashes on a row that ends inside one of its vectors."""
-    if weight.shape[1] % cpu.INT8_INPUTS:
-        return f"takes multiples of {cpu.INT8_INPUTS} inputs"
+    if weight.shape[1] % aten.INT8_INPUTS:
+        return f"takes multiples of {aten.INT8_INPUTS} inputs"
     module = Int8Op(quantize(weight, bits, group_size), dtype)
     return Prepared(module, held_bytes(module))
 

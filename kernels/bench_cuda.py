@@ -1,7 +1,7 @@
 """Contenders on a card: PyTorch's own ops, our kernels, and other libraries.
 
 Our kernels are found as on a processor: a module with `PACKED_LINEARS`, bits -> a class with
-`refusal(group_size)`, made from a `kernels.cpu.Stored` on the card, and `registers` where known.
+`refusal(group_size)`, made from a `kernels.stored.Stored` on the card, and `registers` where known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels.bench_core import Contender, Prepared, codes_of, held_bytes, quantize
 from kernels.bench_cpu import unquantized
 from kernels.bench_peers import CARD_LIBRARIES, LIBRARIES
-from kernels.cpu import Stored
+from kernels.stored import Stored
 
 OURS = "kernels.gpu"
 """Module of our packed linears on a card."""

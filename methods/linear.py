@@ -13,17 +13,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu
+from kernels import aten, cpu
 from kernels.errors import ConfigError
 from kernels.ops import packed_linear
 from kernels.pack import LAYOUT_VERSION, pack, packed_bytes, unpack
 from kernels.reference import dequantize, dequantize_packed, unpack_zero_point
+from kernels.stored import Stored
 from methods.affine import SCALE_DTYPES, Affine, Quantized
 from methods.base import Hardware, KernelUse, Matrix
 
 Kind = Literal["linear", "embedding", "experts"]
 
-KERNEL_DTYPE = str(cpu.DTYPE).removeprefix("torch.")
+KERNEL_DTYPE = str(aten.DTYPE).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class QuantizedModule(nn.Module):
 
 def packed_kernel(
     name: str, bits: int, group_size: int, hardware: Hardware
-) -> tuple[type[cpu.Int4Linear] | type[cpu.Int8Linear] | None, str]:
+) -> tuple[type[aten.Int4Linear] | type[aten.Int8Linear] | None, str]:
     """Return the packed kernel for a linear map called `name`, or None; and a remark on the choice.
 
     Bits for which the hardware has no packed kernel at all are dequantized at each call: that is
@@ -233,7 +234,7 @@ class QuantizedLinear(QuantizedModule):
             return
         codes, scale, zero_point = self.stored()
         self.linear = linear(
-            cpu.Stored(codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features)
+            Stored(codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features)
         )
         self._kernel = linear.kernel
         self.packed = self.scale = self.zero_point = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import Int4Linear
+from kernels.aten import Int4Linear
 from methods.packed import PATH_TOLERANCE, PathDisagreementError, compare_paths
 from methods.rtn import RTN
 from tests.architectures import tiny, tiny_ids

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu
-from kernels.cpu import Int4Linear, Int8Linear, Stored
+from kernels import aten
+from kernels.aten import Int4Linear, Int8Linear
 from kernels.pack import pack, packed_bytes
 from kernels.reference import dequantize_packed
+from kernels.stored import Stored
 
 # Largest error relative to the largest output: the kernels compute in bfloat16, whatever comes in.
 TOLERANCE = 2e-2
@@ -112,7 +113,7 @@ def test_what_bfloat16_holds_is_exact_in_8_bits(value: int) -> None:
 def test_blocks_of_rows_join_to_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = stored(4, 330, 64, 32, symmetric=False)
     whole = Int4Linear(matrix).weight
-    monkeypatch.setattr(cpu, "INT4_BLOCK_ROWS", 128)
+    monkeypatch.setattr(aten, "INT4_BLOCK_ROWS", 128)
     assert torch.equal(Int4Linear(matrix).weight, whole)
 
 
