@@ -112,7 +112,7 @@ def _entry(one: Judgement) -> dict[str, Any]:
         **{name: getattr(made, name) for name in ("loss", "loss_low", "loss_high", "p")},
         "p_holm": one.p_holm,
         **{name: getattr(made, name) for name in ("test", "lost", "gained", "detectable")},
-        "verdict": one.verdict,
+        "verdict": one.word,
         "acceptance": one.acceptance,
         "baseline_at_chance": one.at_chance,
     }

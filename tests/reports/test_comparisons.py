@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -63,6 +64,17 @@ def test_nothing_to_compare_is_a_table_without_rows() -> None:
     groups = make_groups(make_rows([Record(cell="c", status="ok", config={})]))
     assert pq.read_table(io.BytesIO(comparisons_parquet(groups))).num_rows == 0
     assert comparisons_csv(groups).decode().startswith("cell,model,hardware,label,baseline")
+
+
+def test_a_divergence_differs_in_the_file_as_on_the_page(grid: list[Record]) -> None:
+    perfect = [
+        replace(value, samples=(0.0,) * len(value.samples)) if value.metric == "kl_mean" else value
+        for value in grid[0].values
+    ]
+    found = comparisons(make_groups(make_rows([replace(grid[0], values=perfect), *grid[1:]])))
+    verdicts = {entry["verdict"] for entry in found if entry["metric"] == "kl_mean"}
+    assert "differs" in verdicts
+    assert "worse" not in verdicts
 
 
 def test_any_two_rows_are_compared_on_every_shared_figure(
