@@ -68,8 +68,10 @@ def test_nothing_to_compare_is_a_table_without_rows() -> None:
 
 def test_a_divergence_differs_in_the_file_as_on_the_page(grid: list[Record]) -> None:
     perfect = [
-        replace(value, samples=(0.0,) * len(value.samples)) if value.metric == "kl_mean" else value
-        for value in grid[0].values
+        replace(one, value=0.0, samples=(0.0,) * len(one.samples))
+        if one.metric == "kl_mean"
+        else one
+        for one in grid[0].values
     ]
     found = comparisons(make_groups(make_rows([replace(grid[0], values=perfect), *grid[1:]])))
     verdicts = {entry["verdict"] for entry in found if entry["metric"] == "kl_mean"}
