@@ -27,19 +27,23 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("harness", "kernels", "methods")
 KEY_LENGTH = 12
 
+_COMPILED = {
+    ROOT / "kernels/host_build.py": ROOT / "kernels/c",
+    ROOT / "kernels/compiler.py": ROOT / "kernels/cuda",
+}
+"""Module -> folder of the sources that it compiles: code, too, though no import names them."""
+
 
 def code_digest(*modules: str) -> str:
     """Return one digest over the source of `modules` and of all of the project they import.
 
-    A folder that bears a module's name holds its data (`tasks.py`, `tasks/`) and counts with it.
+    A folder that bears a module's name holds its data (`tasks.py`, `tasks/`) and counts with it; so
+    do the sources that a module compiles.
     """
     sources = _sources(modules)
-    data = {
-        file
-        for source in sources
-        for file in source.with_suffix("").glob("*")
-        if source.name != "__init__.py" and file.is_file()
-    }
+    folders = {source.with_suffix("") for source in sources if source.name != "__init__.py"}
+    folders |= {folder for module, folder in _COMPILED.items() if module in sources}
+    data = {file for folder in folders for file in folder.glob("*") if file.is_file()}
     state = hashlib.sha256()
     for path in sorted(sources | data):
         state.update(path.relative_to(ROOT).as_posix().encode())

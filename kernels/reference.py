@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.pack import unpack
+from kernels.panels import PAIRS, QUADS, panel_shape, unpack_grid, unpack_panels
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
@@ -93,3 +94,41 @@ def packed_linear(
     dtype = torch.float32 if emulated else x.dtype
     bias = None if bias is None else bias.to(dtype)
     return functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+
+
+def panel_linear(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    group_size: int,
+    int8: bool,
+) -> Tensor:
+    """Multiply x [..., in] by the transpose of weights in panels: [..., rows] in the type of `x`.
+
+    Shapes and types:
+        panels: uint8 of `kernels.panels.pack_panels`, in quads where `int8`, else in pairs.
+        scale: floating, of `kernels.panels.pack_grid`; its size says how many groups there are.
+        zero_point: uint8, as `scale`; None: symmetric.
+        bias: float32 [rows] or None.
+        int8: x is rounded to int8 per token: x = step * code, step = max|x| / 127, half to even.
+            Sums are then those of integers; they are computed in float64.
+    """
+    columns = x.shape[-1]
+    width, group = panel_shape(columns, group_size)
+    codes = unpack_panels(panels, bits, QUADS if int8 else PAIRS, rows, width)
+    scales = unpack_grid(scale, rows, width // group)
+    zeros = None if zero_point is None else unpack_grid(zero_point, rows, width // group)
+    weight = dequantize(codes, scales, zeros, bits)[:, :columns]
+    bias = None if bias is None else bias.double()
+    given = x.float()
+    if int8:
+        step = given.abs().amax(-1, keepdim=True) / 127
+        given = (given / step.where(step > 0, 1)).round()
+        weight, step = weight.double(), step.double()
+        y = functional.linear(given.double(), weight) * step
+        return (y if bias is None else y + bias).to(x.dtype)
+    return functional.linear(given.double(), weight.double(), bias).to(x.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import aten, cpu
+from kernels.decode_step import Weights
 from kernels.errors import ConfigError
 from kernels.ops import packed_linear
 from kernels.pack import LAYOUT_VERSION, pack, packed_bytes, unpack
@@ -188,24 +189,25 @@ class QuantizedModule(nn.Module):
 
 def packed_kernel(
     name: str, bits: int, group_size: int, hardware: Hardware
-) -> tuple[type[aten.Int4Linear] | type[aten.Int8Linear] | None, str]:
+) -> tuple[type[cpu.Linear] | None, str]:
     """Return the packed kernel for a linear map called `name`, or None; and a remark on the choice.
 
     Bits for which the hardware has no packed kernel at all are dequantized at each call: that is
     how the format runs there, and no fallback. Where it has one for the bits, but not for this
-    group size, dequantizing is a fallback; so is rounding activations to the kernel's own type,
-    which the second result then says.
+    group size, dequantizing is a fallback; so are the kernels of a processor without a C compiler,
+    and the rounding of activations to their type.
 
     Raises:
         ConfigError: it would be a fallback, which `hardware` does not allow.
     """
-    kernels = cpu.PACKED_LINEARS if hardware.device == "cpu" else {}
-    linear = kernels.get(bits)
+    linear, missing = cpu.linear_of(bits) if hardware.device == "cpu" else (None, "")
     if linear is None:
-        return None, f"no packed kernel for {bits} bits on {hardware.device}"
+        remark = f"no packed kernel for {bits} bits on {hardware.device}"
+        return None, f"{remark}: {missing}" if missing else remark
     refusal = linear.refusal(group_size)
-    if refusal is None and hardware.compute_dtype == KERNEL_DTYPE:
-        return linear, ""
+    own_type = linear in cpu.WITHOUT_COMPILER.values() and hardware.compute_dtype != KERNEL_DTYPE
+    if refusal is None and not own_type:
+        return linear, missing
     if not hardware.allow_fallback:
         cause = refusal or f"computes in {KERNEL_DTYPE}, not in {hardware.compute_dtype}"
         change = "group_size" if refusal else "hardware.compute_dtype"
@@ -214,7 +216,7 @@ def packed_kernel(
             f"choose another {change} or set hardware.allow_fallback=true"
         )
     if refusal is None:
-        return linear, f"{KERNEL_DTYPE} activations"
+        return linear, f"{KERNEL_DTYPE} activations; {missing}"
     return None, f"{linear.kernel} {refusal}"
 
 
@@ -236,6 +238,8 @@ class QuantizedLinear(QuantizedModule):
         self.linear = linear(
             Stored(codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features)
         )
+        if isinstance(self.linear, cpu.PanelLinear):
+            self.linear.choose(self.dtype)
         self._kernel = linear.kernel
         self.packed = self.scale = self.zero_point = None
 
@@ -248,6 +252,13 @@ class QuantizedLinear(QuantizedModule):
             return y
         y = self.linear(x)
         return y if self.bias is None else y.add_(self.bias)
+
+    def in_c(self, dtype: torch.dtype) -> Weights | str:
+        """Return the matrix for a C caller with activations of `dtype`, or why there is none."""
+        linear = getattr(self, "linear", None)
+        if isinstance(linear, cpu.PanelLinear):
+            return linear.in_c(dtype, self.bias)
+        return f"weights are read by {self._kernel or self.converter}"
 
 
 class QuantizedExperts(QuantizedModule):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import identity
+from kernels import compiler, host_build
 
 MODEL = {"kind": "local", "digest": "abc"}
 METHOD = {"_target_": "methods.unquantized.Unquantized", "name": "fp32", "dtype": "float32"}
@@ -105,6 +107,22 @@ def test_code_counts_by_what_a_module_imports() -> None:
     assert rtn != identity.code_digest("methods.unquantized.Unquantized")
     names = {path.name for path in identity._imports(identity.ROOT / "methods" / "rtn.py")}
     assert {"affine.py", "base.py", "layers.py"} <= names
+
+
+def test_sources_that_a_module_compiles_are_part_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(identity._COMPILED.values()) == {host_build.SOURCES, compiler.SOURCES}
+    monkeypatch.setattr(identity, "ROOT", tmp_path)
+    (tmp_path / "kernels/c").mkdir(parents=True)
+    module, source = tmp_path / "kernels/host_build.py", tmp_path / "kernels/c/packed.c"
+    module.write_text("x = 1\n")
+    monkeypatch.setattr(identity, "_COMPILED", {module: source.parent})
+    digests = set()
+    for text in ("int a;", "int b;"):
+        source.write_text(text)
+        digests.add(identity.code_digest("kernels.host_build"))
+    assert len(digests) == 2
 
 
 def test_the_reference_is_shared_by_all_methods_of_a_suite() -> None:

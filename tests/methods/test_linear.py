@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import host_build
 from kernels.errors import ConfigError
+from kernels.host_build import unavailable
 from methods.affine import Affine, dequantize, quantize
 from methods.base import Matrix, Role
 from methods.linear import Layout, QuantizedEmbedding, QuantizedModule, empty, module_of
@@ -139,30 +141,29 @@ def test_another_version_of_the_layout_is_refused() -> None:
 
 PACKED = "packed"
 PLAIN = "dequantized"
+PANELS = "quantbench::panel_linear (C)"
+
+compiled = pytest.mark.skipif(bool(unavailable()), reason=f"no C kernels: {unavailable()}")
 
 
+@compiled
 @pytest.mark.parametrize(
     ("affine", "execution", "kernel"),
     [
-        (Affine(4, 32), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
-        (Affine(4, 64, symmetric=True), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
-        (Affine(4, -1), PACKED, "aten::_weight_int4pack_mm_for_cpu"),
-        (Affine(8, -1), PACKED, "aten::_weight_int8pack_mm"),
-        (Affine(8, -1, symmetric=True, per_tensor=True), PACKED, "aten::_weight_int8pack_mm"),
-        (
-            Affine(8, 32),
-            PLAIN,
-            "quantbench::packed_linear (aten::_weight_int8pack_mm takes one scale a row, "
-            "not groups of 32 inputs)",
-        ),
+        (Affine(4, 32), PACKED, PANELS),
+        (Affine(4, 64, symmetric=True), PACKED, PANELS),
+        (Affine(4, -1), PACKED, PANELS),
+        (Affine(8, -1), PACKED, PANELS),
+        (Affine(8, -1, symmetric=True, per_tensor=True), PACKED, PANELS),
+        (Affine(8, 32), PACKED, PANELS),
+        (Affine(3, 32), PACKED, PANELS),
+        (Affine(2, -1), PACKED, PANELS),
         (
             Affine(4, 48),
             PLAIN,
-            "quantbench::packed_linear (aten::_weight_int4pack_mm_for_cpu takes no groups of 48 "
-            "inputs, only multiples of 32)",
+            f"quantbench::packed_linear ({PANELS} takes no groups of 48 inputs, only multiples of "
+            "32 and -1)",
         ),
-        (Affine(3, 32), PLAIN, "quantbench::packed_linear (no packed kernel for 3 bits on cpu)"),
-        (Affine(2, -1), PLAIN, "quantbench::packed_linear (no packed kernel for 2 bits on cpu)"),
     ],
     ids=str,
 )
@@ -174,33 +175,52 @@ def test_the_kernel_that_runs_is_named(affine: Affine, execution: str, kernel: s
     assert (use.execution, use.kernel) == (execution, kernel)
     rounded, _, _ = module(affine, 32, 192)
     rounded.prepare("a.b", Machine())
-    suffix = " (bfloat16 activations)" if execution == PACKED else ""
-    assert rounded.use("a.b").kernel == kernel + suffix
+    assert rounded.use("a.b").kernel == kernel, "float32 activations are not rounded to bfloat16"
     forced, _, _ = module(affine, 32, 192)
     forced.prepare("a.b", Machine(), packed=False)
     assert forced.use("a.b").kernel == "quantbench::packed_linear (asked for)"
     assert forced.use("a.b").execution == PLAIN
 
 
+@compiled
 def test_converting_for_the_kernel_drops_what_was_stored() -> None:
     filled, _, _ = module(Affine(4, 32), 64, 256)
     stored = sum(buffer.nbytes for buffer in filled.buffers())
     filled.prepare("w", Machine())
-    assert {name for name, _ in filled.named_buffers()} == {"linear.weight", "linear.scales"}
-    # bfloat16 scale and offset in place of a float16 scale and a 4-bit zero point.
-    assert sum(b.nbytes for b in filled.buffers()) == stored + 64 * 8 * 12 // 8
+    names = {name for name, _ in filled.named_buffers()}
+    assert names == {"linear.weight", "linear.scale", "linear.zero_point"}
+    # Zero points take a byte in place of 4 bits.
+    assert sum(b.nbytes for b in filled.buffers()) == stored + 64 * 8 * 4 // 8
     with pytest.raises(RuntimeError, match="dropped"):
         filled.stored()
 
 
 @pytest.mark.parametrize(
-    ("affine", "dtype", "sentence"),
+    ("bits", "kernel", "remark"),
     [
-        (Affine(8, 32), "bfloat16", "layer.q: aten::_weight_int8pack_mm takes one scale a row"),
-        (Affine(4, 48), "bfloat16", "layer.q: aten::_weight_int4pack_mm_for_cpu takes no groups"),
-        (Affine(4, 32), "float32", "computes in bfloat16, not in float32"),
+        (4, "aten::_weight_int4pack_mm_for_cpu", "(bfloat16 activations; no compiler today)"),
+        (8, "aten::_weight_int8pack_mm", "(bfloat16 activations; no compiler today)"),
+        (3, "quantbench::packed_linear", "(no packed kernel for 3 bits on cpu: no compiler today)"),
     ],
 )
+def test_without_a_compiler_other_kernels_run_and_the_reason_is_given(
+    bits: int, kernel: str, remark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_build, "unavailable", lambda: "no compiler today")
+    filled, _, _ = module(Affine(bits, -1), 32, 192)
+    filled.prepare("w", Machine())
+    assert filled.use("w").kernel == f"{kernel} {remark}"
+    assert isinstance(filled.in_c(torch.float32), str)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("affine", "dtype", "sentence"),
+    [
+        (Affine(4, 48), "bfloat16", f"layer.q: {PANELS} takes no groups of 48 inputs"),
+        (Affine(2, 48), "float32", f"layer.q: {PANELS} takes no groups of 48 inputs"),
+    ],
+)
+@compiled
 def test_a_fallback_that_is_not_allowed_is_an_error(
     affine: Affine, dtype: str, sentence: str
 ) -> None:
@@ -210,8 +230,7 @@ def test_a_fallback_that_is_not_allowed_is_an_error(
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("bits", [3, 2])
-def test_bits_without_any_kernel_are_no_fallback(bits: int) -> None:
-    filled, _, _ = module(Affine(bits, 32))
-    filled.prepare("w", Machine(allow_fallback=False))
+def test_a_device_without_any_kernel_is_no_fallback() -> None:
+    filled, _, _ = module(Affine(3, 32))
+    filled.prepare("w", Machine(device="mps", allow_fallback=False))
     assert filled.use("w").execution == "dequantized"
