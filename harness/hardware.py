@@ -59,6 +59,8 @@ class Hardware:
         offload: keep decoder blocks in main memory (`cpu`, with device `cuda`) or on `disk` and
             bring them to the device for each call; None: the whole model is on the device.
         resident_bytes: most bytes of decoder blocks that stay on the device with `offload`.
+        decode: `auto`: tokens are decoded by the fastest code that knows the model; `model`: by
+            transformers, to compare with.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Hardware:
     allow_fallback: bool = True
     offload: str | None = None
     resident_bytes: int = 0
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         places = ("cpu", "disk") if self.device == "cuda" else ("disk",)
@@ -89,6 +92,8 @@ class Hardware:
                 f"hardware.resident_bytes is {self.resident_bytes}, which says what stays on the "
                 "device where blocks are offloaded; with it set hardware.offload"
             )
+        if self.decode not in ("auto", "model"):
+            raise ConfigError(f"hardware.decode is {self.decode!r}; it must be 'auto' or 'model'")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"hardware.device is {self.device!r}; it must be 'cpu' or 'cuda'")
         if self.compute_dtype not in COMPUTE_DTYPES:

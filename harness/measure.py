@@ -29,6 +29,7 @@ from harness.context import (
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
 from harness.load import load_tokenizer
+from harness.measures.execution import decoding
 from harness.record import Failure, Record, Status, Value, write_record
 from harness.samples import write_samples
 from kernels.errors import ConfigError
@@ -91,6 +92,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         seconds = time.perf_counter() - start
         progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
     progress.details["runtime"] = engine.runtime
+    progress.details["decoding"] = decoding(engine)
     progress.details["notes"] += getattr(engine, "notes", ())
     _describe_kernels(progress, engine.kernels())
     context = _context(job, hardware, progress)

@@ -131,6 +131,11 @@ class Hardware(Protocol):
         """Most bytes of decoder blocks that stay on the device where there is offloading."""
         ...
 
+    @property
+    def decode(self) -> str:
+        """`auto`: the fastest code that knows the model decodes; `model`: transformers does."""
+        ...
+
 
 class Engine(Protocol):
     """The deployed model, as every measure sees it.

@@ -6,6 +6,7 @@ deployed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from methods import artefact as artefacts
 from methods.base import Engine, Hardware
-from methods.engine import TorchEngine
+from methods.decode import fast_decode
+from methods.engine import TorchEngine, relative_difference
+from methods.fused import fuse, told
 from methods.linear import QuantizedModule, empty
 
 PATH_TOLERANCE = 0.05
@@ -39,20 +42,33 @@ class PathComparison:
     tolerance: float
 
 
-def load_engine(artefact: Path, hardware: Hardware, packed: bool = True) -> TorchEngine:
+def load_engine(
+    artefact: Path,
+    hardware: Hardware,
+    packed: bool = True,
+    build: Callable[[artefacts.Facts], QuantizedModule] = empty,
+) -> TorchEngine:
     """Load an artefact for `hardware`; `packed=False` dequantizes every matrix at each call.
+
+    `build` makes the empty module of each layer from its facts. Where every matrix is dequantized
+    the model itself decodes, too: the packed path is held against it.
 
     Raises:
         ConfigError: a packed kernel refuses a matrix and `hardware` allows no fallback.
     """
     dtype = getattr(torch, hardware.compute_dtype)
-    model = artefacts.load(artefact, lambda name, facts: empty(facts), dtype, hardware.device)
+    model = artefacts.load(artefact, lambda name, facts: build(facts), dtype, hardware.device)
+    # A launch costs as much as a small matrix on a card; the C code shares activations anyway.
+    groups = fuse(model) if packed and hardware.device == "cuda" else []
     uses = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             module.prepare(name, hardware, packed)
             uses.append(module.use(name))
-    return TorchEngine(model, hardware.device, uses)
+    if not packed:
+        return TorchEngine(model, hardware.device, uses)
+    fast, remark = fast_decode(model, hardware)
+    return TorchEngine(model, hardware.device, told(uses, groups), fast=fast, remark=remark)
 
 
 def compare_paths(
@@ -68,8 +84,8 @@ def compare_paths(
     split = input_ids.shape[1] - DECODED_TOKENS
     one, other = (_logits(engine, input_ids, split) for engine in (packed, dequantized))
     comparison = PathComparison(
-        prefill=_difference(one[0], other[0]),
-        decode=_difference(one[1], other[1]),
+        prefill=relative_difference(one[0], other[0]),
+        decode=relative_difference(one[1], other[1]),
         tolerance=tolerance,
     )
     for stage, difference in (("prefill", comparison.prefill), ("decode", comparison.decode)):
@@ -89,9 +105,3 @@ def _logits(engine: Engine, input_ids: Tensor, split: int) -> tuple[Tensor, Tens
         logits, cache = engine.decode(input_ids[:, position : position + 1], cache)
         steps.append(logits)
     return prefill, torch.cat(steps, dim=1)
-
-
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    """Return the root mean square difference over that of `expected` about its mean per token."""
-    spread = expected - expected.mean(-1, keepdim=True)
-    return float((logits - expected).square().mean().sqrt() / spread.square().mean().sqrt())

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.decode_step import Weights, dense
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
+from methods.decode import fast_decode
 from methods.engine import TorchEngine
+from methods.fused import fuse, told
 from methods.layers import Scope, bias_of, check_finite, replace, select, weight_of
 from methods.offload import offloaded_engine
 
@@ -35,6 +38,12 @@ class ConvertedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the converted weight."""
         return functional.linear(x, self.weight.float(), self.bias)
+
+    def in_c(self, dtype: torch.dtype) -> Weights | str:
+        """Return the matrix for the decode step in C, which converts the weights as it reads."""
+        if dtype != torch.float32:
+            return f"weights converted to float32, and activations in {dtype}"
+        return dense(self.weight, self.bias)
 
 
 class ConvertedStack(nn.Module):
@@ -139,7 +148,10 @@ class Unquantized:
             ]
         if hardware.offload:
             return offloaded_engine(model, hardware, uses, artefact)
-        return TorchEngine(model, hardware.device, uses)
+        if hardware.device == "cuda":
+            uses = told(uses, fuse(model))
+        fast, remark = fast_decode(model, hardware)
+        return TorchEngine(model, hardware.device, uses, fast=fast, remark=remark)
 
 
 def _nothing_replaced(name: str, facts: artefacts.Facts) -> nn.Module:

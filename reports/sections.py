@@ -44,6 +44,7 @@ class KernelLine:
     matrices: int
     share: str
     example: str
+    decoding: str
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ class Said:
 def kernel_lines(group: Group) -> list[KernelLine]:
     """Return the kernels of the group's rows."""
 
-    def lines_of(row: Row) -> tuple[tuple[str, str, str, int, str, str], ...]:
+    def lines_of(row: Row) -> tuple[tuple[str, str, str, int, str, str, str], ...]:
         found = kernels(row)
         total = sum(_count(entry.get("weights")) for entry in found)
+        decoding = str(row.record.details.get("decoding") or "")
         return tuple(
             (
                 str(entry.get("layer", "")),
@@ -105,6 +107,7 @@ def kernel_lines(group: Group) -> list[KernelLine]:
                 _count(entry.get("matrices")),
                 _share(_count(entry.get("weights")), total),
                 str(entry.get("example", "")),
+                decoding,
             )
             for entry in found
         )

@@ -1,4 +1,4 @@
-"""What the execution state of an engine's matrices means for the measures."""
+"""What an engine says of how it runs, and what that means for the measures."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ def is_simulated(engine: Engine) -> bool:
     floats, not of the format that the method stands for.
     """
     return any(use.execution == "simulated" for use in engine.kernels())
+
+
+def decoding(engine: Engine) -> str | None:
+    """Return what decodes a token of a PyTorch engine; None where the runtime is all that does."""
+    found = getattr(engine, "decoding", None)
+    return None if found is None else str(found)

@@ -21,7 +21,7 @@ import torch
 from harness.context import Context
 from harness.hardware import Hardware
 from harness.measures.bandwidth import Bandwidth, measure_bandwidth, processor_cache_bytes
-from harness.measures.execution import is_simulated
+from harness.measures.execution import decoding, is_simulated
 from harness.measures.memory import free_bytes, kept_bytes
 from harness.measures.size import bytes_read_per_token
 from harness.measures.statistics import relative_spread, stderr_of_median
@@ -35,7 +35,7 @@ ATTEMPTS = 3
 """Bandwidth measured beside a busy neighbour is too low: so often it is measured again before a
 decode rate above it is called impossible."""
 SPARE_MEMORY = 2.0
-"""A growing cache is copied at every token, so it needs room for itself twice."""
+"""A growing cache is copied into one of twice the room now and then."""
 
 
 class ImpossibleSpeedError(Exception):
@@ -115,6 +115,8 @@ class Speed:
         per_token = kept_bytes(engine.prefill(torch.zeros(1, 1, dtype=torch.int64), last=1)[1])
         details: dict[str, Any] = {
             "interleaved_with_baseline": baseline is not None,
+            "decoding": decoding(engine),
+            "baseline_decoding": None if baseline is None else decoding(baseline),
             "warmup_bursts": self.warmup,
             "bursts": self.repeats,
             "copy": "torch copy_, bytes read + bytes written",

@@ -17,3 +17,9 @@ def test_layers_on_a_card_need_a_card(device: str, layers: int) -> None:
 def test_layers_on_a_card_are_a_number_or_all() -> None:
     assert Hardware("h", "cuda", gpu_layers=0).gpu_layers == 0
     assert Hardware("h", "cuda").gpu_layers is None
+
+
+def test_decoding_is_automatic_or_the_models() -> None:
+    assert Hardware("h", "cpu", decode="model").decode == "model"
+    with pytest.raises(ConfigError, match=r"hardware\.decode is 'c'; it must be 'auto' or 'model'"):
+        Hardware("h", "cpu", decode="c")

@@ -16,3 +16,4 @@ class Machine:
     gpu_layers: int | None = None
     offload: str | None = None
     resident_bytes: int = 0
+    decode: str = "auto"

@@ -23,7 +23,7 @@ def test_offloaded_blocks_give_the_same_logits(
     method = Unquantized(dtype, dtype)
     artefact = tmp_path / "artefact"
     method.quantize(tiny(architecture), None, None, artefact)
-    here = method.load(artefact, Hardware("cpu", "cpu"))
+    here = method.load(artefact, Hardware("cpu", "cpu", decode="model"))
     away = method.load(artefact, Hardware("cpu", "cpu", offload="disk"))
     expected, cache = here.prefill(IDS)
     found, other = away.prefill(IDS)

@@ -53,6 +53,8 @@ def test_samples_of_the_stated_number(tmp_path: Path) -> None:
     assert "decode_speedup" not in values
     details = context.details["speed"]
     assert details["interleaved_with_baseline"] is False
+    assert details["decoding"] == "transformers eager"
+    assert details["baseline_decoding"] is None
     (point,) = details["points"]
     assert len(point["median_tpot_seconds_of_bursts"]) == 5
     read = point["weight_bytes_per_token"]
