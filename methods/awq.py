@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
-from methods import gptqmodel_engine
+from methods import gptqmodel_engine, repack
+from methods.affine import Affine
 from methods.base import Calibration, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.gptq_format import stored_bits
@@ -37,6 +38,7 @@ from methods.gptqmodel_quantize import (
 from methods.layers import decoder_blocks
 from methods.library import require
 from methods.options import names, require_flags
+from methods.packed import load_engine
 
 BITS = 4
 GROUP_SIZES = (16, 32, 64, 128, -1)
@@ -57,6 +59,8 @@ class AWQ:
         zero_point: grids that fit both ends of the range; false: around zero.
         backend: kernels: auto, torch (dequantize at each call), exllama_v2, marlin.
         keep: shell patterns of module names that stay as they are.
+        kernel: library: GPTQModel's kernels run it; quantbench: it is stored and run as this
+            project stores and runs matrices (`methods.repack`).
     """
 
     name: str
@@ -65,6 +69,7 @@ class AWQ:
     zero_point: bool = True
     backend: str = "auto"
     keep: Sequence[str] = ()
+    kernel: str = "library"
 
     needs_calibration: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = gptqmodel_engine.PATH_TOLERANCE
@@ -77,6 +82,7 @@ class AWQ:
                 f"{', '.join(gptqmodel_engine.BACKENDS)}"
             )
         require_flags(self.name, {"zero_point": self.zero_point})
+        repack.check_kernel(self.name, self.kernel, self.backend)
         object.__setattr__(self, "keep", names(self.keep))
 
     @property
@@ -85,13 +91,18 @@ class AWQ:
         return BITS
 
     def check(self, hardware: Hardware) -> None:
-        """Raise ConfigError where GPTQModel has no kernel for these options on `hardware`."""
+        """Raise ConfigError where there is no kernel for these options on `hardware`."""
+        if self.kernel == "quantbench":
+            repack.check(self.name, BITS, self.group_size, hardware)
+            return
         gptqmodel_engine.check(
             "awq", hardware, self.backend, BITS, self.group_size, not self.zero_point
         )
 
     def stored_bits(self, matrix: Matrix) -> int:
-        """Those of the AWQ format."""
+        """Those of the AWQ format, or of this project's."""
+        if self.kernel == "quantbench":
+            return repack.stored_bits(matrix, Affine(BITS, self.group_size, not self.zero_point))
         return stored_bits(matrix, "awq", BITS, self.group_size)
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
@@ -125,7 +136,9 @@ class AWQ:
         rules = keep_rules(model, matrices)
         scales = Scales(calibration)
         recipe = Recipe("awq", lambda: self._config(rules), scales.recorded, scales.check)
-        log, notes = quantize(recipe, model, tokenizer, calibration, matrices, into)
+        with repack.target(self.kernel, into) as folder:
+            log, notes = quantize(recipe, model, tokenizer, calibration, matrices, folder)
+        notes += repack.notes(self.kernel, "AWQ")
         stored = sum(self.stored_bits(matrix) for matrix in matrices)
         return QuantizeReport(matrices, stored, left_out, [*notes, *_scaling_notes(log)])
 
@@ -144,11 +157,15 @@ class AWQ:
         )
 
     def load(self, artefact: Path, hardware: Hardware) -> TorchEngine:
-        """Load with GPTQModel's kernels."""
+        """Load with GPTQModel's kernels, or this project's."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, build=repack.build)
         return gptqmodel_engine.load(artefact, hardware, self.backend)
 
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> TorchEngine:
-        """Load with the weights decoded by `methods.gptq_format`, to compare with."""
+        """Load with the weights decoded by our own code, to compare with."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, packed=False, build=repack.build)
         return gptqmodel_engine.load_dequantized(artefact, hardware)
 
 

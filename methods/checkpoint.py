@@ -3,6 +3,9 @@
 What it is stands in its own `config.json` (`quantization_config`): GPTQ and AWQ run through
 GPTQModel, bitsandbytes and compressed-tensors through transformers, HQQ through hqq; or it is one
 GGUF file, which llama.cpp runs. Nothing is quantized here, and nothing is guessed from a name.
+
+With `kernel: quantbench` a GPTQ or AWQ checkpoint is stored as this project stores matrices,
+without loss, and its own kernels run it (`methods.repack`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from methods import (
     gptqmodel_engine,
     hqq,
     hqq_checkpoint,
+    repack,
 )
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
 from methods.files import take
@@ -33,6 +37,8 @@ from methods.gguf import FILE as GGUF_FILE
 from methods.gguf import load_dequantized as gguf_dequantized
 from methods.gguf import load_file as gguf_load
 from methods.layers import Scope, select
+from methods.options import refuse_emulated
+from methods.packed import load_engine
 
 Loader = Callable[[Path, Hardware], Engine]
 
@@ -52,6 +58,7 @@ DEQUANTIZED_LOADERS: Mapping[str, Loader] = {
     "hqq": hqq.load_dequantized,
     "gguf": gguf_dequantized,
 }
+REPACKED = ("gptq", "awq")
 PATH_TOLERANCE = 0.2
 """The largest of those of the methods that make such checkpoints; see there."""
 
@@ -114,13 +121,21 @@ def _compressed_scheme(stated: Mapping[str, Any]) -> Scheme:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that somebody else has quantized; `model.path` or `model.id` names it."""
+    """A checkpoint that somebody else has quantized; `model.path` or `model.id` names it.
+
+    Attributes:
+        kernel: library: whose format it is runs it; quantbench: GPTQ and AWQ are repacked.
+    """
 
     name: str
+    kernel: str = "library"
 
     needs_calibration: ClassVar[bool] = False
     takes_weights: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
+
+    def __post_init__(self) -> None:
+        repack.check_kernel(self.name, self.kernel)
 
     @property
     def bits(self) -> float | None:
@@ -133,7 +148,9 @@ class Checkpoint:
         return None
 
     def check(self, hardware: Hardware) -> None:
-        """Nothing to refuse before the checkpoint is read."""
+        """Refuse what no kernel of this project computes; the rest shows in the checkpoint."""
+        if self.kernel == "quantbench":
+            refuse_emulated(hardware)
 
     def stored_bits(self, matrix: Matrix) -> int:
         """Refuse: the size of a checkpoint is that of its files."""
@@ -159,16 +176,16 @@ class Checkpoint:
         Raises:
             ConfigError: the checkpoint is not quantized, or holds other matrices than `model` has.
         """
+        kind = "gguf" if checkpoint.is_file() else scheme_of(checkpoint).kind
+        if self.kernel == "quantbench" and kind not in REPACKED:
+            raise ConfigError(
+                f"method.kernel=quantbench runs checkpoints of {' and '.join(REPACKED)}, and this "
+                f"one is {kind}; set method.kernel=library"
+            )
         if checkpoint.is_file():
             return gguf_checkpoint.adopt(checkpoint, model, into)
         scheme = scheme_of(checkpoint)
-        if scheme.kind == "hqq":
-            # In the container that method=hqq writes: no library reads these folders any more.
-            hqq_checkpoint.adopt(checkpoint, model, into)
-        for pattern in FILES:
-            for path in sorted(checkpoint.glob(pattern)):
-                if scheme.kind != "hqq" or path.suffix == ".json":
-                    take(path, into / path.name)
+        self._take(checkpoint, scheme.kind, model, into)
         matrices, _ = self.select(model)
         stored = _stored(into)
         quantized = [matrix for matrix in matrices if _is_quantized(matrix, stored)]
@@ -182,14 +199,32 @@ class Checkpoint:
         left_out = select(model, Scope(head=head, keep=spared)).left_out
         bits = sum(size for matrix in quantized for size in _sizes(matrix, stored).values())
         note = f"a ready-made checkpoint, quantized as {scheme.kind}; not quantized here"
-        return QuantizeReport(quantized, bits, left_out, [note], scheme.bits, scheme.group_size)
+        notes = [note, *repack.notes(self.kernel, scheme.kind)]
+        return QuantizeReport(quantized, bits, left_out, notes, scheme.bits, scheme.group_size)
+
+    def _take(self, checkpoint: Path, kind: str, model: nn.Module, into: Path) -> None:
+        """Put the files of the folder `checkpoint` into `into`, or what they are stored as here."""
+        if self.kernel == "quantbench":
+            repack.repack(checkpoint, into)
+            return
+        if kind == "hqq":
+            # In the container that method=hqq writes: no library reads these folders any more.
+            hqq_checkpoint.adopt(checkpoint, model, into)
+        for pattern in FILES:
+            for path in sorted(checkpoint.glob(pattern)):
+                if kind != "hqq" or path.suffix == ".json":
+                    take(path, into / path.name)
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
-        """Load with the library whose format the checkpoint has."""
+        """Load with the library whose format the checkpoint has, or with our kernels."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, build=repack.build)
         return LOADERS[scheme_of(artefact).kind](artefact, hardware)
 
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with every matrix decoded into floats, to compare with."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, packed=False, build=repack.build)
         return DEQUANTIZED_LOADERS[scheme_of(artefact).kind](artefact, hardware)
 
 

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
-from methods import gptqmodel_engine
+from methods import gptqmodel_engine, repack
+from methods.affine import Affine
 from methods.base import Calibration, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
 from methods.gptq_format import stored_bits
@@ -36,6 +37,7 @@ from methods.gptqmodel_quantize import (
 )
 from methods.library import require
 from methods.options import names, require_flags
+from methods.packed import load_engine
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
@@ -56,6 +58,8 @@ class GPTQ:
             steps of 0.01 where the Cholesky factorization fails, which a note then says.
         backend: kernels: auto, torch (dequantize at each call), exllama_v2, marlin.
         keep: shell patterns of module names that stay as they are.
+        kernel: library: GPTQModel's kernels run it; quantbench: it is stored and run as this
+            project stores and runs matrices (`methods.repack`).
     """
 
     name: str
@@ -67,6 +71,7 @@ class GPTQ:
     damping: float = 0.01
     backend: str = "auto"
     keep: Sequence[str] = ()
+    kernel: str = "library"
 
     needs_calibration: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = gptqmodel_engine.PATH_TOLERANCE
@@ -83,17 +88,28 @@ class GPTQ:
                 f"{', '.join(gptqmodel_engine.BACKENDS)}"
             )
         require_flags(self.name, {"symmetric": self.symmetric, "act_order": self.act_order})
+        repack.check_kernel(self.name, self.kernel, self.backend)
         object.__setattr__(self, "keep", names(self.keep))
 
     def check(self, hardware: Hardware) -> None:
-        """Raise ConfigError where GPTQModel has no kernel for these options on `hardware`."""
+        """Raise ConfigError where there is no kernel for these options on `hardware`."""
+        if self.kernel == "quantbench":
+            repack.check(self.name, self.bits, self.group_size, hardware)
+            return
         gptqmodel_engine.check(
             "gptq", hardware, self.backend, self.bits, self.group_size, self.symmetric
         )
 
     def stored_bits(self, matrix: Matrix) -> int:
-        """Those of the GPTQ format."""
+        """Those of the GPTQ format, or of this project's."""
+        if self.kernel == "quantbench":
+            affine = Affine(self.bits, self.group_size, self.symmetric)
+            return repack.stored_bits(matrix, affine, self._ordered(matrix))
         return stored_bits(matrix, "gptq", self.bits, self.group_size)
+
+    def _ordered(self, matrix: Matrix) -> bool:
+        """Whether the inputs of `matrix` lie in another order than that of their groups."""
+        return self.act_order and self.group_size not in (-1, matrix.in_features)
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return the matrices of the decoder blocks, and what is left out.
@@ -112,7 +128,9 @@ class GPTQ:
         matrices, left_out = self.select(model)
         rules = keep_rules(model, matrices)
         recipe = Recipe("gptq", lambda: self._config(rules))
-        log, notes = quantize(recipe, model, tokenizer, calibration, matrices, into)
+        with repack.target(self.kernel, into) as folder:
+            log, notes = quantize(recipe, model, tokenizer, calibration, matrices, folder)
+        notes += repack.notes(self.kernel, "GPTQ")
         stored = sum(self.stored_bits(matrix) for matrix in matrices)
         return QuantizeReport(matrices, stored, left_out, [*notes, *self._damping_notes(log)])
 
@@ -162,9 +180,13 @@ class GPTQ:
         ]
 
     def load(self, artefact: Path, hardware: Hardware) -> TorchEngine:
-        """Load with GPTQModel's kernels."""
+        """Load with GPTQModel's kernels, or this project's."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, build=repack.build)
         return gptqmodel_engine.load(artefact, hardware, self.backend)
 
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> TorchEngine:
-        """Load with the weights decoded by `methods.gptq_format`, to compare with."""
+        """Load with the weights decoded by our own code, to compare with."""
+        if self.kernel == "quantbench":
+            return load_engine(artefact, hardware, packed=False, build=repack.build)
         return gptqmodel_engine.load_dequantized(artefact, hardware)

@@ -30,6 +30,7 @@ from methods.base import Matrix
 Format = Literal["gptq", "awq"]
 
 WORD = 32
+AWQ_BITS = 4
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
@@ -175,15 +176,38 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return codes
 
 
-def decode_gptq(parts: Mapping[str, Tensor], version: str) -> Tensor:
-    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix.
+@dataclass(frozen=True)
+class Integers:
+    """What is stored for a matrix: weight[o, i] = scale[o, g] * (code[o, i] - zero_point[o, g]).
+
+    Attributes:
+        codes: uint8 [out, in].
+        scale: [out, groups], in the type it is stored in.
+        zero_point: uint8 [out, groups].
+        groups: int64 [in], the group g of each input i.
+    """
+
+    bits: int
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    groups: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, float32 [out, in]."""
+        scale, zero_point = self.scale.float(), self.zero_point.float()
+        return scale[:, self.groups] * (self.codes.float() - zero_point[:, self.groups])
+
+
+def read_gptq(parts: Mapping[str, Tensor], version: str) -> Integers:
+    """Return what the tensors `PARTS` of one matrix hold.
 
     Raises:
         ConfigError: `version` is not one that is read here.
     """
     if version not in READABLE["gptq"]:
         raise ConfigError(f"GPTQ checkpoints of format {version!r} are not decoded here")
-    qweight, scales = parts["qweight"], parts["scales"].float()
+    qweight, scales = parts["qweight"], parts["scales"]
     bits = parts["qzeros"].shape[1] * WORD // scales.shape[1]
     codes = unpack(qweight.T.contiguous(), bits)
     columns = codes.shape[1]
@@ -192,8 +216,23 @@ def decode_gptq(parts: Mapping[str, Tensor], version: str) -> Tensor:
     else:
         groups = torch.arange(columns) // (columns // scales.shape[0])
     zeros = _zero_points(parts["qzeros"], bits, version)
-    centred = codes[:, : groups.numel()].T - zeros[groups]
-    return (scales[groups] * centred).T.contiguous()
+    return _integers(bits, codes[:, : groups.numel()], scales, zeros, groups)
+
+
+def decode_gptq(parts: Mapping[str, Tensor], version: str) -> Tensor:
+    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix; see `read_gptq`."""
+    return read_gptq(parts, version).dequantize()
+
+
+def _integers(bits: int, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Integers:
+    """Return codes [out, in], scales and zero points [groups, out] as `Integers`."""
+    return Integers(
+        bits,
+        codes.to(torch.uint8).contiguous(),
+        scales.T.contiguous(),
+        zeros.T.to(torch.uint8).contiguous(),
+        groups,
+    )
 
 
 def _zero_points(qzeros: Tensor, bits: int, version: str) -> Tensor:
@@ -207,22 +246,27 @@ def _zero_points(qzeros: Tensor, bits: int, version: str) -> Tensor:
     return unpack((qzeros.to(torch.int64) + ones) & 0xFFFFFFFF, bits)
 
 
-def decode_awq(parts: Mapping[str, Tensor], version: str) -> Tensor:
-    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix, 4 bits.
+def read_awq(parts: Mapping[str, Tensor], version: str) -> Integers:
+    """Return what the tensors `PARTS` of one matrix of 4 bits hold.
 
     Raises:
         ConfigError: `version` is not one that is read here.
     """
     if version not in READABLE["awq"]:
         raise ConfigError(f"AWQ checkpoints of version {version!r} are not decoded here")
-    scales = parts["scales"].float()
+    scales = parts["scales"]
     codes, zeros = (_awq_codes(parts[part]) for part in ("qweight", "qzeros"))
     groups = torch.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
-    return (scales[groups] * (codes - zeros[groups])).T.contiguous()
+    return _integers(AWQ_BITS, codes.T, scales, zeros, groups)
+
+
+def decode_awq(parts: Mapping[str, Tensor], version: str) -> Tensor:
+    """Return the float32 weight [out, in] of the tensors `PARTS` of one matrix; see `read_awq`."""
+    return read_awq(parts, version).dequantize()
 
 
 def _awq_codes(words: Tensor) -> Tensor:
-    stored = unpack(words, 4).reshape(*words.shape, len(AWQ_ORDER))
+    stored = unpack(words, AWQ_BITS).reshape(*words.shape, len(AWQ_ORDER))
     codes = torch.empty_like(stored)
     codes[..., list(AWQ_ORDER)] = stored
     return codes.flatten(-2)

@@ -258,17 +258,19 @@ def _use(model: Any, matrix: Matrix, hardware: Hardware) -> KernelUse:
     return KernelUse(matrix.name, layer, kernel, execution, matrix.weights)
 
 
-def load_dequantized(folder: Path, hardware: Hardware) -> TorchEngine:
-    """Load the checkpoint with its weights decoded here, straight from the stored tensors.
+def read_checkpoint(
+    folder: Path, dtype: torch.dtype | None = None
+) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """Return the model in `folder` without its quantized matrices, and their tensors, as stored.
+
+    The model's other floating tensors are in `dtype`, by default as stored.
 
     Raises:
-        ConfigError: the checkpoint's version of the format is not one that is decoded here.
+        ConfigError: the zero points are in doubt, or the files hold another model's tensors.
     """
-    scheme, found = _readable_scheme(folder), matrices(folder)
-    decode = decode_gptq if scheme.kind == "gptq" else decode_awq
-    dtype = getattr(torch, hardware.compute_dtype)
+    _readable_scheme(folder)
     model = artefacts.skeleton(folder)
-    owners = {matrix.name for matrix in found}
+    owners = {matrix.name for matrix in matrices(folder)}
     parts: dict[str, dict[str, Tensor]] = {}
     floats: dict[str, Tensor] = {}
     for path, name in tensor_names(folder):
@@ -282,14 +284,41 @@ def load_dequantized(folder: Path, hardware: Hardware) -> TorchEngine:
     unknown = model.load_state_dict(floats, strict=False, assign=True).unexpected_keys
     if unknown:
         raise ConfigError(f"{folder.name} holds a tensor that its model lacks: {unknown[0]}")
+    strange = sorted(owners - {name for name, _ in model.named_modules()})
+    if strange:
+        raise ConfigError(
+            f"{folder.name} holds a matrix that its model lacks (experts stored one by "
+            f"one, perhaps): {strange[0]}"
+        )
+    return model, parts
+
+
+def complete(model: Any, folder: Path) -> None:
+    """Tie what the model ties, and raise ConfigError where `folder` had no tensor for a parameter.
+
+    Called when the quantized matrices have been put in.
+    """
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ConfigError(f"{folder.name} lacks the tensors {', '.join(missing[:3])}")
+
+
+def load_dequantized(folder: Path, hardware: Hardware) -> TorchEngine:
+    """Load the checkpoint with its weights decoded here, straight from the stored tensors.
+
+    Raises:
+        ConfigError: the checkpoint's version of the format is not one that is decoded here.
+    """
+    scheme, found = _readable_scheme(folder), matrices(folder)
+    decode = decode_gptq if scheme.kind == "gptq" else decode_awq
+    dtype = getattr(torch, hardware.compute_dtype)
+    model, parts = read_checkpoint(folder, dtype)
     for matrix in found:
         stored = parts.pop(matrix.name)
         bias = stored.get("bias")
         weight = decode(stored, scheme.version).to(dtype)
         put_linear(model, matrix, weight, None if bias is None else bias.to(dtype))
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ConfigError(f"{folder.name} lacks the tensors {', '.join(missing[:3])}")
+    complete(model, folder)
     model = model.eval().requires_grad_(False).to(hardware.device)
     return TorchEngine(model, hardware.device, uses_of(model, found, DECODED, "dequantized"))

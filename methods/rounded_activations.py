@@ -23,17 +23,24 @@ STACKED_EXPERTS = "stack of experts: the model multiplies it, so its input canno
 LARGEST_INT8 = 127
 
 
-def round_tokens(x: Tensor) -> Tensor:
-    """Round each token of floating x [..., in] to its own symmetric INT8 grid; float32 [..., in].
+def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each token of floating x [..., in] to its own symmetric INT8 grid.
 
-    step = max|token| / 127, values = step * round(token / step), as Ma et al. 2024 (BitNet b1.58,
-    section 2) and, but for the 127, Yao et al. 2022 (ZeroQuant, section 4.1). Zeros stay zeros.
+    Returns codes, whole numbers from -127 to 127 in float32 [..., in], and steps, float32 [..., 1]:
+    step = max|token| / 127, code = round(token / step), as Ma et al. 2024 (BitNet b1.58, section 2)
+    and, but for the 127, Yao et al. 2022 (ZeroQuant, section 4.1). Zeros stay zeros.
     """
     wide = x.float()
     step = wide.abs().amax(-1, keepdim=True) / LARGEST_INT8
     # Any step will do for a token of zeros; a subnormal one would divide inexactly.
     step = step.clamp_(min=torch.finfo(torch.float32).smallest_normal)
-    return (wide / step).round_().mul_(step)
+    return (wide / step).round_(), step
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Return the values step * code of `token_codes`, float32 [..., in]."""
+    codes, step = token_codes(x)
+    return codes.mul_(step)
 
 
 class Layer(Protocol):

@@ -1,7 +1,9 @@
 """Round-to-nearest: every weight becomes the nearest of its group's levels, no data needed.
 
 The conventions are those of `methods.affine`; weights, scales and zero points are stored packed at
-their true widths (`kernels.pack`).
+their true widths (`kernels.pack`). Activations stay floating point, or are rounded to INT8 token by
+token at each call (`activation_bits: 8`, `methods.rtn_activations`): a method of its own, of other
+quality and other speed.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from kernels.errors import ConfigError
 from methods import artefact as artefacts
+from methods import rtn_activations
 from methods.affine import LARGEST_GROUP, SMALLEST_GROUP, Affine, Quantized, quantize
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
+from methods.int8_linear import PATH_TOLERANCE as INTEGER_PATH_TOLERANCE
 from methods.layers import (
     Scope,
     bias_of,
@@ -27,7 +31,7 @@ from methods.layers import (
     stack_is_transposed,
     weight_of,
 )
-from methods.linear import Layout, QuantizedModule, module_of, packed_kernel
+from methods.linear import Layout, QuantizedModule, empty, module_of, packed_kernel
 from methods.options import refuse_emulated
 from methods.packed import PATH_TOLERANCE, load_engine
 
@@ -46,6 +50,7 @@ class RTN:
         keep: shell patterns of module names that stay as they are.
         on_indivisible: what to do where the group size does not divide a width: `error`, or `pad`
             the row with zero weights.
+        activation_bits: of the tokens that linear maps read: None (floating point) or 8.
     """
 
     name: str
@@ -60,9 +65,9 @@ class RTN:
     embeddings: bool = False
     keep: tuple[str, ...] = ()
     on_indivisible: str = "error"
+    activation_bits: int | None = None
 
     needs_calibration: ClassVar[bool] = False
-    path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
         # Checked here, before any weight is loaded.
@@ -75,6 +80,16 @@ class RTN:
             raise ConfigError(
                 f"on_indivisible is {self.on_indivisible!r}; it must be 'error' or 'pad'"
             )
+        if self.activation_bits not in (None, rtn_activations.BITS):
+            raise ConfigError(
+                f"method.activation_bits of {self.name} is {self.activation_bits!r}; it must be "
+                f"{rtn_activations.BITS}, or null for activations in floating point"
+            )
+
+    @property
+    def path_tolerance(self) -> float:
+        """Largest difference of the two paths; rounded activations tip now and then."""
+        return PATH_TOLERANCE if self.activation_bits is None else INTEGER_PATH_TOLERANCE
 
     @property
     def affine(self) -> Affine:
@@ -92,7 +107,11 @@ class RTN:
     def check(self, hardware: Hardware) -> None:
         """Refuse FP16 activations on a CPU, and a fallback that the hardware does not allow."""
         refuse_emulated(hardware)
-        packed_kernel(f"method {self.name}", self.bits, self.group_size, hardware)
+        owner = f"method {self.name}"
+        if self.activation_bits is None:
+            packed_kernel(owner, self.bits, self.group_size, hardware)
+            return
+        rtn_activations.integer_kernel(owner, self.bits, self.group_size, self.symmetric, hardware)
 
     def stored_bits(self, matrix: Matrix) -> int:
         """Bits of the packed weights, scales and zero points of `matrix`, padding included."""
@@ -172,7 +191,7 @@ class RTN:
 
     def _notes(self, model: nn.Module, matrices: list[Matrix]) -> list[str]:
         """Return what a reader of the row must know of `matrices` beside the options."""
-        notes = []
+        notes = [] if self.activation_bits is None else [rtn_activations.NOTE]
         if self.symmetric and self.bits == 2:
             notes.append("symmetric 2 bits: the codes used are -1, 0 and 1 (ternary)")
         padded = {
@@ -195,11 +214,15 @@ class RTN:
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load for `hardware` on its packed kernels where it has them."""
-        return load_engine(artefact, hardware)
+        return self._load(artefact, hardware, packed=True)
 
     def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load for `hardware` with every matrix dequantized at each call, to compare with."""
-        return load_engine(artefact, hardware, packed=False)
+        return self._load(artefact, hardware, packed=False)
+
+    def _load(self, artefact: Path, hardware: Hardware, packed: bool) -> Engine:
+        build = empty if self.activation_bits is None else rtn_activations.build
+        return load_engine(artefact, hardware, packed, build)
 
 
 def _check_plain_embedding(model: nn.Module, matrix: Matrix) -> None:

@@ -33,7 +33,7 @@ FAMILY_OF_METRIC = {
 }
 """Families of metrics that the harness measures itself; else a value's measure is its family."""
 
-DEPLOYMENT = frozenset({"size", "memory", "speed", "load", "serving"})
+DEPLOYMENT = frozenset({"size", "memory", "speed", "energy", "load", "serving"})
 """What a simulated row cannot know: nothing was stored or run in the method's own format."""
 
 QUALITY = frozenset({"perplexity", "divergence", "generation", "tasks"})
@@ -110,8 +110,24 @@ class Row:
 
     @property
     def method(self) -> str:
-        """Name of the method."""
+        """Name of the method; `rtn A8` where an option has it round activations to 8 bits."""
+        bits = self.activation_bits
+        return self.plain_method if bits is None else f"{self.plain_method} A{bits}"
+
+    @property
+    def plain_method(self) -> str:
+        """Name of the method as `method=` chooses it."""
         return str(self.record.config.get("method", ""))
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of activations where the method has that as an option, None: as the hardware has."""
+        return self._activation_bits("method")
+
+    def _activation_bits(self, node: str) -> int | None:
+        options = mapping(mapping(self.record.config.get("resolved")).get(node))
+        bits = number(options.get("activation_bits"))
+        return None if bits is None else int(bits)
 
     @property
     def bits(self) -> float | None:
@@ -155,7 +171,9 @@ class Row:
     @property
     def is_baseline(self) -> bool:
         """Whether the others of its group are compared with this row."""
-        return bool(self.method) and self.method == self.record.config.get("baseline")
+        if not self.plain_method or self.plain_method != self.record.config.get("baseline"):
+            return False
+        return self.activation_bits == self._activation_bits("baseline")
 
     @property
     def measured(self) -> bool:
@@ -271,11 +289,13 @@ def kept_back(row: Row, of_family: str) -> str:
 
 
 def axes_label(row: Row) -> str:
-    """Return method, bits and group size as one label."""
-    parts = [row.method or row.record.cell]
-    if row.bits is not None and row.group_size is not None:
-        size = "per channel" if row.group_size == -1 else f"g{row.group_size}"
-        parts += [f"{row.bits:.3g} bits", size]
+    """Return method, bits and group size as one label: `rtn 4 bits g128`, `rtn W4A8 g128`."""
+    if row.bits is None or row.group_size is None:
+        return row.method or row.record.cell
+    parts = [row.plain_method or row.record.cell, f"{row.bits:.3g} bits"]
+    if row.activation_bits is not None:
+        parts[1] = f"W{row.bits:.3g}A{row.activation_bits}"
+    parts.append("per channel" if row.group_size == -1 else f"g{row.group_size}")
     return " ".join(parts)
 
 
