@@ -29,6 +29,8 @@ SPEED_FIRST = (
     *("prefill_tokens_per_second", "prefill_speedup", "ttft_seconds"),
     *("decode_tokens_per_second", "decode_speedup", "tpot_seconds", "timing_spread"),
     *("achieved_bytes_per_second", "copy_bytes_per_second"),
+    *("prefill_joules_per_token", "prefill_above_idle_joules_per_token"),
+    *("decode_joules_per_token", "decode_above_idle_joules_per_token", "idle_watts"),
 )
 COST_FIRST = (
     *("artefact_bytes", "quantized_bytes", "head_bytes", "embedding_bytes", "other_bytes"),
@@ -40,7 +42,7 @@ COST_FIRST = (
 DETAILS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
     ("Tasks", {"tasks"}, ()),
     ("Quality", {"perplexity", "divergence", "generation"}, QUALITY_FIRST),
-    ("Speed", {"speed"}, SPEED_FIRST),
+    ("Speed", {"speed", "energy"}, SPEED_FIRST),
     ("Serving", {"serving"}, ()),
     ("Size, memory and preparation", {"size", "memory", "quantize", "load"}, COST_FIRST),
 )

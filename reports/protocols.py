@@ -13,6 +13,12 @@ _SHOTS = (
 """Tasks of one group may differ in examples and limit: `0-5shot`, `limit100-all`."""
 
 _TEXT = r"(?P<text>.+)"
+_BURST = r"prompt(?P<n>\d+)_new(?P<length>\d+)_batch(?P<batch>\d+)"
+_BURSTS = (
+    "Bursts of seconds with prompts of {n} tokens and {length} tokens written after each{batch}; a "
+    "written token's energy is what is left without the prompts'; above idle: without what the "
+    "machine took just before, the model loaded and nothing running."
+)
 _FIRST = r"(?:_first(?P<first>\d+))?"
 _PROTOCOLS: tuple[tuple[str, str], ...] = (
     (
@@ -44,6 +50,21 @@ _PROTOCOLS: tuple[tuple[str, str], ...] = (
         r"prompt(?P<n>\d+)(?:_depth(?P<depth>\d+))?(?:_batch(?P<batch>\d+))?",
         "Speed with a prompt of {n} tokens{depth}{batch}: every token timed after a warm-up, the "
         "median of the raw times.",
+    ),
+    (
+        rf"rapl_{_BURST}",
+        "Energy of the processor packages as they count it (RAPL): all processes on them count, "
+        f"and on servers memory modules do not. {_BURSTS}",
+    ),
+    (
+        rf"nvml_counter_{_BURST}",
+        "Energy of the whole card as it counts it (NVML): all processes on it count, the host "
+        f"does not. {_BURSTS}",
+    ),
+    (
+        rf"nvml_power_{_BURST}",
+        "Energy of the whole card, its power sampled and summed (NVML): all processes on it "
+        f"count, the host does not. {_BURSTS}",
     ),
     (
         r"process_peak",

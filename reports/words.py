@@ -15,8 +15,8 @@ NOT_MEASURED = "not measured"
 UNKNOWN = "–"
 
 Kind = str
-"""How a metric is written: `bytes`, `seconds`, `rate`, `bandwidth`, `share`, `agreement`, `change`,
-`count`, `tokens`, `perplexity`, `ratio` or `number`."""
+"""How a metric is written: `bytes`, `seconds`, `rate`, `bandwidth`, `energy`, `power`, `share`,
+`agreement`, `change`, `count`, `tokens`, `perplexity`, `ratio` or `number`."""
 
 _KINDS: dict[str, Kind] = {
     "perplexity": "perplexity",
@@ -69,6 +69,11 @@ _TITLES = {
     "achieved_bytes_per_second": "Weights read",
     "copy_bytes_per_second": "Copy bandwidth",
     "timing_spread": "Spread of timing",
+    "prefill_joules_per_token": "Energy of prefill",
+    "prefill_above_idle_joules_per_token": "Energy of prefill, above idle",
+    "decode_joules_per_token": "Energy of decode",
+    "decode_above_idle_joules_per_token": "Energy of decode, above idle",
+    "idle_watts": "Power when idle",
 }
 
 _SCALES: dict[Kind, tuple[tuple[float, str], ...]] = {
@@ -76,9 +81,11 @@ _SCALES: dict[Kind, tuple[tuple[float, str], ...]] = {
     # One unit, since two columns of it are compared with each other.
     "bandwidth": ((1e9, "GB/s"),),
     "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "energy": ((1.0, "J/token"), (1e-3, "mJ/token"), (1e-6, "µJ/token")),
 }
 _UNITS = {
     "rate": "tokens/s",
+    "power": "W",
     "share": "%",
     "agreement": "%",
     "change": "%",
@@ -97,6 +104,8 @@ def kind(metric: str) -> Kind:
     for ending, found in (
         ("_bytes_per_second", "bandwidth"),
         ("_per_second", "rate"),
+        ("_joules_per_token", "energy"),
+        ("_watts", "power"),
         ("_bytes", "bytes"),
         ("_seconds", "seconds"),
     ):
