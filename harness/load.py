@@ -87,11 +87,11 @@ def meta_model(config: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(_configuration(plain)).eval()
 
 
-def random_model(source: ShapeModel) -> Any:
+def random_model(source: ShapeModel, device: str = "cpu") -> Any:
     """Return a shape's model in float32: matrices uniform with the deviation of fresh ones.
 
     Vectors named `weight` (norms) are 1, others (biases) 0. The values are rounded to the shape's
-    floating type, so that storing them in it loses nothing.
+    floating type, so that storing them in it loses nothing; another `device` draws others.
     """
     config = _configuration(source.architecture())
     with _quiet(), init_empty_weights(include_buffers=False):
@@ -99,10 +99,10 @@ def random_model(source: ShapeModel) -> Any:
     # Uniform: drawing normal values takes five times as long and no kernel can tell them apart.
     deviation = getattr(config, "initializer_range", None) or DEVIATION
     bound = math.sqrt(3) * float(deviation)
-    generator = torch.Generator().manual_seed(source.seed)
+    generator = torch.Generator(device).manual_seed(source.seed)
     for module in model.modules():
         for name, empty in list(module.named_parameters(recurse=False)):
-            values = torch.empty(empty.shape)
+            values = torch.empty(empty.shape, device=device)
             if empty.ndim > 1:
                 values.uniform_(-bound, bound, generator=generator)
                 values.copy_(values.to(config.dtype))

@@ -1,26 +1,22 @@
-"""Contenders on a processor: PyTorch's own ops, our packed linears, and llama.cpp's kernels.
-
-llama.cpp is asked through the C functions of the ggml libraries that llama_cpp brings: one graph of
-one matrix product, on as many threads as torch has. It rounds activations to 8 bits.
-"""
+"""Contenders on a processor: PyTorch's own ops, our packed linears, llama.cpp, other libraries."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from copy import deepcopy
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import aten, cpu
-from kernels.bench_core import Contender, Prepared, codes_of, held_bytes, quantize
+from kernels import aten, bench_ggml, cpu, host_build
+from kernels.bench_core import Contender, Given, Prepared, codes_of, held_bytes, zeros_of
 from kernels.bench_peers import LIBRARIES
 from kernels.stored import Stored
+
+INT_MM_TOKENS = 17
+"""The least number of tokens that `torch._int_mm` takes on a card."""
 
 
 class Linear(nn.Module):
@@ -35,34 +31,51 @@ class Linear(nn.Module):
         return functional.linear(x, self.weight)
 
 
-def unquantized(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
-    """Keep the weight in the type of the activations; bits and group_size have no meaning."""
-    module = Linear(weight, dtype)
+def unquantized(given: Given, dtype: torch.dtype) -> Prepared | str:
+    """Keep the weight in the type of the activations."""
+    module = Linear(given.weight, dtype)
     return Prepared(module, held_bytes(module))
 
 
-def packed(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def packed(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare this project's packed linear of a processor."""
-    linear = cpu.PACKED_LINEARS.get(bits)
+    bits = given.scheme.bits
+    if given.scheme.activation_bits == 16:
+        linear, remark = cpu.linear_of(bits)
+        prepared = own_linear(linear, given)
+        return prepared if isinstance(prepared, str) else replace(prepared, note=remark)
+    reason = host_build.unavailable()
+    return reason or own_linear(cpu.INT8_ACTIVATION_LINEARS.get(bits), given)
+
+
+def own_linear(linear: Any, given: Given) -> Prepared | str:
+    """Prepare one of our packed linear maps, made of the stored weight; None is a refusal.
+
+    Its weights can lie in pages of their own, which a deep copy would not have.
+    """
     if linear is None:
-        return f"no packed kernel for {bits} bits"
-    refusal = linear.refusal(group_size)
+        return f"no packed kernel for {given.scheme.name}"
+    refusal = linear.refusal(given.scheme.group_size)
     if refusal is not None:
         return f"{linear.kernel} {refusal}"
-    module = linear(quantize(weight, bits, group_size))
-    return Prepared(module, held_bytes(module))
+    made = linear(given.codes)
+    again = partial(linear, given.codes)
+    return Prepared(made, held_bytes(made), kernel=lambda tokens: str(made.kernel), again=again)
 
 
 class Int4Op(nn.Module):
-    """`_weight_int4pack_mm_for_cpu` as it is: no padding, scales in the type of the activations."""
+    """`_weight_int4pack_mm_for_cpu` as it is: no padding, scales in the type of the activations.
+
+    Its weight is scale * (code - 8) + offset.
+    """
 
     def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
         super().__init__()
         self.group_size = stored.group_size
         codes = codes_of(stored).int()
         self.weight = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        scale = stored.scale.to(dtype)
-        both = torch.stack([scale, torch.zeros_like(scale)], dim=-1)
+        scale = stored.scale.float()
+        both = torch.stack([scale, scale * (8 - zeros_of(stored).float())], dim=-1).to(dtype)
         self.scales = nn.Buffer(both.transpose(0, 1).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,11 +86,12 @@ class Int4Op(nn.Module):
         return y
 
 
-def int4_op(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def int4_op(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare PyTorch's int4 op; it wants rows in blocks of 16 and whole groups."""
-    if weight.shape[0] % aten.INT4_ROWS or weight.shape[1] % group_size:
-        return f"takes multiples of {aten.INT4_ROWS} rows and whole groups of inputs"
-    module = Int4Op(quantize(weight, bits, group_size), dtype)
+    (out, columns), group_size = given.weight.shape, given.scheme.group_size
+    if out % aten.INT4_ROWS or columns % group_size or group_size not in aten.INT4_GROUPS:
+        return f"takes multiples of {aten.INT4_ROWS} rows and whole groups of 32 to 256 inputs"
+    module = Int4Op(given.codes, dtype)
     return Prepared(module, held_bytes(module))
 
 
@@ -95,138 +109,52 @@ class Int8Op(nn.Module):
         return y
 
 
-def int8_op(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def int8_op(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare PyTorch's int8 op; it crashes on a row that ends inside one of its vectors."""
-    if weight.shape[1] % aten.INT8_INPUTS:
-        return f"takes multiples of {aten.INT8_INPUTS} inputs"
-    module = Int8Op(quantize(weight, bits, group_size), dtype)
+    if given.weight.shape[1] % aten.INT8_INPUTS or given.scheme.group_size != -1:
+        return f"takes multiples of {aten.INT8_INPUTS} inputs, and one scale a row"
+    module = Int8Op(given.codes, dtype)
     return Prepared(module, held_bytes(module))
 
 
-# llama.cpp
+class Int8Product(nn.Module):
+    """`_int_mm` on activations rounded per token at each call, unfused, on either device."""
 
-FLOAT32 = 0
-GGML_TYPES = {"Q4_0": (2, 4, 32), "Q8_0": (8, 8, 32), "Q4_K": (12, 4, 256), "Q3_K": (11, 3, 256)}
-GGML_TYPES["Q2_K"] = (10, 2, 256)
-"""Name -> number of the type, nominal bits, inputs of a block."""
-
-ROUNDED = "activations rounded to 8 bits, a grid of its own"
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = (
-        ("mem_size", ctypes.c_size_t),
-        ("mem_buffer", ctypes.c_void_p),
-        ("no_alloc", ctypes.c_bool),
-    )
-
-
-@cache
-def _ggml() -> tuple[Any, Any]:
-    """Return ggml's two libraries, with the types of what is called of them."""
-    found = importlib.util.find_spec("llama_cpp")
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError("llama_cpp is not installed")
-    folder = Path(found.origin).parent / "lib"
-    base = ctypes.CDLL(str(folder / "libggml-base.so"))
-    compute = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-    pointer, size, long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
-    for name, result, arguments in (
-        ("ggml_init", pointer, (_Memory,)),
-        ("ggml_free", None, (pointer,)),
-        ("ggml_new_tensor_2d", pointer, (pointer, ctypes.c_int, long, long)),
-        ("ggml_get_data", pointer, (pointer,)),
-        ("ggml_nbytes", size, (pointer,)),
-        ("ggml_row_size", size, (ctypes.c_int, long)),
-        ("ggml_mul_mat", pointer, (pointer, pointer, pointer)),
-        ("ggml_new_graph", pointer, (pointer,)),
-        ("ggml_graph_overhead", size, ()),
-        ("ggml_build_forward_expand", None, (pointer, pointer)),
-        ("ggml_quantize_chunk", size, (ctypes.c_int, pointer, pointer, long, long, long, pointer)),
-    ):
-        function = getattr(base, name)
-        function.restype, function.argtypes = result, arguments
-    run = compute.ggml_graph_compute_with_ctx
-    run.restype, run.argtypes = ctypes.c_int, (pointer, pointer, ctypes.c_int)
-    return base, compute
-
-
-class GgmlProduct(nn.Module):
-    """A weight in one of ggml's types; a graph is built for each number of tokens, once."""
-
-    def __init__(self, rows: Tensor, kind: int, shape: tuple[int, int]) -> None:
+    def __init__(self, stored: Stored) -> None:
         super().__init__()
-        self.rows, self.kind, self.shape = rows, kind, shape
-        self._graphs: dict[int, tuple[int, int, Tensor, Tensor]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GgmlProduct:
-        return GgmlProduct(deepcopy(self.rows), self.kind, self.shape)
-
-    def __del__(self) -> None:
-        for context, *_ in self._graphs.values():
-            _ggml()[0].ggml_free(context)
+        self.weight = nn.Buffer((codes_of(stored).short() - 128).to(torch.int8))
+        self.scale = nn.Buffer(stored.scale.flatten().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the weight: x is copied to float32, as llama.cpp has it."""
+        """Round x per token, multiply, scale; fewer tokens than the op takes are filled up."""
         tokens = x.shape[0]
-        if tokens not in self._graphs:
-            self._graphs[tokens] = self._graph(tokens)
-        context, graph, given, result = self._graphs[tokens]
-        given.copy_(x)
-        status = _ggml()[1].ggml_graph_compute_with_ctx(context, graph, torch.get_num_threads())
-        if status != 0:
-            raise RuntimeError(f"ggml_graph_compute_with_ctx returned {status}")
-        return result
-
-    def _graph(self, tokens: int) -> tuple[int, int, Tensor, Tensor]:
-        base, _ = _ggml()
-        out, columns = self.shape
-        # Weight, activations, their 8-bit copy and the result, and some room for the rest.
-        room = self.rows.nbytes + 4 * tokens * (2 * columns + out) + base.ggml_graph_overhead()
-        context = base.ggml_init(_Memory(room + (16 << 20), None, False))
-        weight = base.ggml_new_tensor_2d(context, self.kind, columns, out)
-        ctypes.memmove(base.ggml_get_data(weight), self.rows.data_ptr(), self.rows.nbytes)
-        given = base.ggml_new_tensor_2d(context, FLOAT32, columns, tokens)
-        product = base.ggml_mul_mat(context, weight, given)
-        graph = base.ggml_new_graph(context)
-        base.ggml_build_forward_expand(graph, product)
-        return (
-            context,
-            graph,
-            _view(base.ggml_get_data(given), (tokens, columns)),
-            _view(base.ggml_get_data(product), (tokens, out)),
-        )
+        step = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 127
+        rounded = (x / step).round().to(torch.int8)
+        if tokens < INT_MM_TOKENS and x.is_cuda:
+            rounded = functional.pad(rounded, (0, 0, 0, INT_MM_TOKENS - tokens))
+        y = torch._int_mm(rounded, self.weight.t())[:tokens]
+        return (y * step * self.scale).to(x.dtype)
 
 
-def _view(address: int, shape: tuple[int, int]) -> Tensor:
-    """Return memory of ggml's as a float32 tensor."""
-    held = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
-    return torch.frombuffer(held, dtype=torch.float32).view(shape)
+def int8_product(given: Given, dtype: torch.dtype) -> Prepared | str:
+    """Prepare `_int_mm`; both sides in multiples of 8."""
+    if given.weight.shape[0] % 8 or given.weight.shape[1] % 8:
+        return "takes multiples of 8 rows and inputs"
+    module = Int8Product(given.codes)
+    return Prepared(module, held_bytes(module), "activations rounded to 8 bits, unfused")
 
 
-def ggml(
-    name: str, weight: Tensor, bits: int, group_size: int, dtype: torch.dtype
-) -> Prepared | str:
-    """Quantize a weight by ggml's own rounding to one of its types."""
-    kind, _, block = GGML_TYPES[name]
-    out, columns = weight.shape
-    if columns % block:
-        return f"takes multiples of {block} inputs"
-    base, _ = _ggml()
-    source = weight.float().contiguous()
-    rows = torch.empty(out * base.ggml_row_size(kind, columns), dtype=torch.uint8)
-    base.ggml_quantize_chunk(kind, source.data_ptr(), rows.data_ptr(), 0, out, columns, None)
-    return Prepared(GgmlProduct(rows, kind, (out, columns)), rows.nbytes, ROUNDED)
-
+OURS = Contender(
+    "quantbench", "ours", (8, 4, 3, 2), packed, zero_points=True, activation_bits=(16, 8)
+)
+INT_MM = Contender("torch _int_mm", "peer", (8,), int8_product, activation_bits=(8,))
 
 CONTENDERS = (
     Contender("torch linear", "baseline", (16,), unquantized),
-    Contender("quantbench", "ours", (8, 4, 3, 2), packed),
-    Contender("torch _weight_int4pack_mm_for_cpu", "peer", (4,), int4_op),
+    OURS,
+    Contender("torch _weight_int4pack_mm_for_cpu", "peer", (4,), int4_op, zero_points=True),
     Contender("torch _weight_int8pack_mm", "peer", (8,), int8_op),
-    *(
-        Contender(f"llama.cpp {name}", "peer", (bits,), partial(ggml, name), "llama_cpp")
-        for name, (_, bits, _) in GGML_TYPES.items()
-    ),
+    INT_MM,
+    *bench_ggml.CONTENDERS,
     *LIBRARIES,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.bench_core import Contender, Prepared, codes_of, held_bytes, quantize
+from kernels.bench_core import Contender, Given, Prepared, codes_of, held_bytes, zeros_of
 
 OWN_GRID = "a grid of its own"
 NF4_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -58,20 +58,18 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def bitsandbytes_nf4(
-    weight: Tensor, bits: int, group_size: int, dtype: torch.dtype
-) -> Prepared | str:
+def bitsandbytes_nf4(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare NF4 with the block size of the groups; blocks run on over the ends of rows."""
+    weight, group_size = given.weight, given.scheme.group_size
     if group_size not in NF4_GROUPS:
         return f"takes no groups of {group_size} inputs"
     module = NormalFloat4(weight.to(dtype).contiguous(), group_size)
     return Prepared(module, module.weight.nbytes + module.state.absmax.nbytes, OWN_GRID)
 
 
-def bitsandbytes_int8(
-    weight: Tensor, bits: int, group_size: int, dtype: torch.dtype
-) -> Prepared | str:
+def bitsandbytes_int8(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare LLM.int8() (arXiv 2208.07339) without outliers: both sides rounded to 8 bits."""
+    weight = given.weight
     library = importlib.import_module("bitsandbytes")
     out, columns = weight.shape
     layer = library.nn.Linear8bitLt(columns, out, bias=False, has_fp16_weights=False)
@@ -82,8 +80,9 @@ def bitsandbytes_int8(
     return Prepared(layer, out * columns + 4 * out, "activations rounded to 8 bits")
 
 
-def torchao(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def torchao(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare torchao's weight-only linear: int8, and on a card the tile-packed int4 layout."""
+    weight, bits, group_size = given.weight, given.scheme.bits, given.scheme.group_size
     library = importlib.import_module("torchao.quantization")
     if bits == 8:
         config = library.Int8WeightOnlyConfig(set_inductor_config=False)
@@ -103,27 +102,30 @@ def torchao(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> P
     return Prepared(model, stored, OWN_GRID)
 
 
-def hqq(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def hqq(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare HQQ's linear with its default (PyTorch) backend: dequantized at each call."""
+    weight, bits, group_size = given.weight, given.scheme.bits, given.scheme.group_size
     library = importlib.import_module("hqq.core.quantize")
     config = library.BaseQuantizeConfig(
         nbits=bits, group_size=None if group_size == -1 else group_size, axis=1
     )
+    # Its search takes half a minute for a matrix on a processor, and no speed depends on it.
+    config["weight_quant_params"]["optimize"] = False
     layer = library.HQQLinear(
         _linear(weight, dtype), config, compute_dtype=dtype, device=str(weight.device)
     )
     meta = [value for value in layer.meta.values() if isinstance(value, Tensor)]
     nbytes = layer.W_q.nbytes + sum(tensor.nbytes for tensor in meta)
-    return Prepared(layer, nbytes, OWN_GRID)
+    return Prepared(layer, nbytes, f"{OWN_GRID}, without its search")
 
 
-def gemlite(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def gemlite(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare gemlite's Triton linear from our own codes and scales."""
+    weight, bits, group_size = given.weight, given.scheme.bits, given.scheme.group_size
     core = importlib.import_module("gemlite.core")
     out, columns = weight.shape
     if columns % group_size and group_size != -1:
         return f"takes whole groups of {group_size} inputs"
-    stored = quantize(weight, bits, group_size)
     kind = core.DType.BF16 if dtype == torch.bfloat16 else core.DType.FP16
     layer = core.GemLiteLinear(
         W_nbits=bits,
@@ -133,13 +135,14 @@ def gemlite(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> P
         input_dtype=kind,
         output_dtype=kind,
     )
-    zeros = torch.full_like(stored.scale, 2 ** (bits - 1), dtype=dtype)
-    layer.pack(codes_of(stored), stored.scale.to(dtype), zeros, None)
+    stored = given.codes
+    layer.pack(codes_of(stored), stored.scale.to(dtype), zeros_of(stored).to(dtype), None)
     return Prepared(layer, held_bytes(layer))
 
 
-def humming(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Prepared | str:
+def humming(given: Given, dtype: torch.dtype) -> Prepared | str:
     """Prepare humming's linear; it rounds the weight itself and compiles its kernels by nvcc."""
+    weight, bits, group_size = given.weight, given.scheme.bits, given.scheme.group_size
     library = importlib.import_module("humming.layer")
     config: dict[str, Any] = {"dtype": f"int{bits}"}
     if group_size != -1:
@@ -156,14 +159,16 @@ def humming(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> P
 
 LIBRARIES = (
     Contender("bitsandbytes NF4", "peer", (4,), bitsandbytes_nf4, "bitsandbytes"),
-    Contender("bitsandbytes int8", "peer", (8,), bitsandbytes_int8, "bitsandbytes"),
+    Contender(
+        "bitsandbytes int8", "peer", (8,), bitsandbytes_int8, "bitsandbytes", activation_bits=(8,)
+    ),
     Contender("torchao", "peer", (8, 4), torchao, "torchao"),
     Contender("hqq", "peer", (8, 4, 3, 2), hqq, "hqq"),
 )
 """On either device."""
 
 CARD_LIBRARIES = (
-    Contender("gemlite", "peer", (8, 4, 2), gemlite, "gemlite"),
+    Contender("gemlite", "peer", (8, 4, 2), gemlite, "gemlite", zero_points=True),
     Contender("humming-kernels", "peer", (8, 4, 3, 2), humming, "humming"),
 )
 """On a card only."""

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from kernels import bench_targets
 from kernels.bench_core import Role, Scheme
+from kernels.bench_targets import SINGLE, Line, Target
 from kernels.bench_timing import Timing
 
 MEGABYTE = 10**6
@@ -33,6 +35,10 @@ class Row:
         samples: seconds of one call.
         how: `calls`, `graph` or `events`, see `kernels.bench_timing`.
         error: largest, against float64, relative to the largest output.
+        pack_seconds: from codes to the contender's format; from the float weight where it has a
+            rounding of its own.
+        kernel: its name, where the contender says it.
+        failed: whether the refusal was raised as an error.
     """
 
     shape: str
@@ -43,6 +49,8 @@ class Row:
     group_size: int
     contender: str
     role: Role
+    zero_points: bool = False
+    activation_bits: int = 16
     nbytes: int = 0
     copies: int = 0
     median: float = 0.0
@@ -52,13 +60,15 @@ class Row:
     error: float = 0.0
     pack_seconds: float = 0.0
     registers: int | None = None
+    kernel: str = ""
     note: str = ""
     refusal: str = ""
+    failed: bool = False
 
     @property
     def scheme(self) -> str:
-        """Short name of bits and group."""
-        return Scheme(self.bits, self.group_size).name
+        """Short name of the scheme."""
+        return Scheme(self.bits, self.group_size, self.zero_points, self.activation_bits).name
 
     @property
     def bandwidth(self) -> float:
@@ -108,104 +118,37 @@ def _cell(row: Row) -> tuple[str, int]:
     return row.shape, row.tokens
 
 
-@dataclass(frozen=True)
-class Target:
-    """What `performance.md`, section 4, asks for: the least value of a quantity over some rows.
-
-    Attributes:
-        quantity: share of the copy bandwidth, speed-up over 16 bits, over the best peer.
-        tokens: first and last number of tokens.
-        megabytes: smallest and largest weight, in its own format.
-        shape: one only, as [out, in].
-        peer: ahead of this one instead of the best.
-    """
-
-    text: str
-    wanted: float
-    quantity: Literal["share", "faster", "ahead"]
-    bits: int | None
-    tokens: tuple[int, int] = (1, 1)
-    megabytes: tuple[float, float] = (0, float("inf"))
-    shape: tuple[int, int] | None = None
-    peer: str | None = None
-
-    def values(self, derived: Iterable[Derived]) -> list[float]:
-        """Return the quantity of each of our rows that the target is about."""
-        everything = list(derived)
-        found = []
-        for entry in everything:
-            row = entry.row
-            fits = (
-                row.role == "ours"
-                and self.bits in (None, row.bits)
-                and self.tokens[0] <= row.tokens <= self.tokens[1]
-                and self.megabytes[0] <= row.nbytes / MEGABYTE <= self.megabytes[1]
-                and self.shape in (None, (row.out_features, row.in_features))
-            )
-            value = self._value(entry, everything) if fits else None
-            if value is not None:
-                found.append(value)
-        return found
-
-    def _value(self, entry: Derived, everything: list[Derived]) -> float | None:
-        if self.peer is None:
-            return {"share": entry.share, "faster": entry.faster, "ahead": entry.ahead}[
-                self.quantity
-            ]
-        for other in everything:
-            if _cell(other.row) == _cell(entry.row) and other.row.contender == self.peer:
-                return other.row.median / entry.row.median
-        return None
+def reached(target: Target, derived: Sequence[Derived]) -> list[float]:
+    """Return the target's quantity of each of our rows that it is about."""
+    found = []
+    for entry in derived:
+        row = entry.row
+        fits = (
+            row.role == "ours"
+            and target.scheme in (None, row.scheme)
+            and target.tokens[0] <= row.tokens <= target.tokens[1]
+            and target.megabytes[0] <= row.nbytes / MEGABYTE <= target.megabytes[1]
+            and (not target.shapes or (row.out_features, row.in_features) in target.shapes)
+        )
+        value = _quantity(target, entry, derived) if fits else None
+        if value is not None:
+            found.append(value)
+    return found
 
 
-LARGE, MIDDLE = (40.0, float("inf")), (8.0, 25.0)
-FOREVER = 1 << 30
-INT4_SHAPE = (11008, 4096)
-
-CARD_TARGETS = (
-    Target(
-        "W4 g128, M = 1, 40 MB and more: of the copy bandwidth", 0.65, "share", 4, (1, 1), LARGE
-    ),
-    Target("W4 g128, M = 1, 8 to 25 MB: of the copy bandwidth", 0.45, "share", 4, (1, 1), MIDDLE),
-    Target("W8, M = 1: of the copy bandwidth", 0.75, "share", 8),
-    Target("W2 g64, M = 1: of the copy bandwidth", 0.45, "share", 2),
-    Target("W4 g128, 40 MB and more, M to 128: times 16 bit", 1.0, "faster", 4, (1, 128), LARGE),
-    Target("W4 g128, 40 MB and more, M to 256: times 16 bit", 0.95, "faster", 4, (129, 256), LARGE),
-    Target(
-        "W4 g128, 40 MB and more, M above: times 16 bit", 0.85, "faster", 4, (257, FOREVER), LARGE
-    ),
-    Target("W4 g128, 8 to 25 MB, M to 64: times 16 bit", 1.0, "faster", 4, (1, 64), MIDDLE),
-    Target("W8, M to 128: times 16 bit", 1.0, "faster", 8, (1, 128)),
-    Target("W2 g64, M to 128: times 16 bit", 1.0, "faster", 2, (1, 128)),
-    Target("every shape and M: times the best peer", 1.0, "ahead", None, (1, FOREVER)),
-)
-"""On an H200. Its seventh line, tokens per second of a 7B model, is not of single products."""
-
-PROCESSOR_TARGETS = (
-    Target("W4 g128, M = 1, 11008x4096: times bf16", 3.0, "faster", 4, shape=INT4_SHAPE),
-    Target(
-        "W4 g128, M = 1, 11008x4096: times llama.cpp Q4_0",
-        1.0,
-        "ahead",
-        4,
-        shape=INT4_SHAPE,
-        peer="llama.cpp Q4_0",
-    ),
-    Target("W4 g128, M = 16: times bf16", 0.95, "faster", 4, (16, 16)),
-    Target("W4 g128, M = 128: times bf16", 0.95, "faster", 4, (128, 128)),
-)
+def _quantity(target: Target, entry: Derived, derived: Sequence[Derived]) -> float | None:
+    if target.peer is None:
+        values = {"share": entry.share, "faster": entry.faster, "ahead": entry.ahead}
+        return values[target.quantity]
+    for other in derived:
+        if _cell(other.row) == _cell(entry.row) and other.row.contender == target.peer:
+            return other.row.median / entry.row.median
+    return None
 
 
-def target_table(targets: Iterable[Target], derived: Sequence[Derived]) -> str:
-    """Return targets beside the worst of what was reached, as Markdown."""
-    lines = ["| target | wanted | reached (worst) | rows | met |", "|---|---:|---:|---:|---|"]
-    for target in targets:
-        values = target.values(derived)
-        worst = min(values, default=None)
-        shown = "not measured" if worst is None else f"{worst:.2f}"
-        met = "" if worst is None else ("yes" if worst >= target.wanted else "no")
-        lines.append(f"| {target.text} | {target.wanted:.2f} | {shown} | {len(values)} | {met} |")
-    return "\n".join(lines) + "\n"
+def target_lines(targets: Iterable[Target], derived: Sequence[Derived]) -> list[Line]:
+    """Return targets beside the worst of what was reached."""
+    return [bench_targets.line(t.text, t.wanted, reached(t, derived)) for t in targets]
 
 
 COLUMNS: tuple[tuple[str, Callable[[Derived], str]], ...] = (
@@ -222,7 +165,7 @@ COLUMNS: tuple[tuple[str, Callable[[Derived], str]], ...] = (
     ("error", lambda d: f"{d.row.error:.1e}"),
     ("registers", lambda d: "" if d.row.registers is None else str(d.row.registers)),
     ("packing, s", lambda d: f"{d.row.pack_seconds:.2f}"),
-    ("remark", lambda d: "; ".join(filter(None, [d.row.note, _how(d.row)]))),
+    ("remark", lambda d: "; ".join(filter(None, [d.row.kernel, d.row.note, _how(d.row)]))),
 )
 LEFT_ALIGNED = ("weights", "contender", "remark")
 
@@ -278,8 +221,6 @@ LIBRARIES = (
 )
 """Whose versions are written down."""
 
-TARGETS = {"cpu": PROCESSOR_TARGETS, "cuda": CARD_TARGETS}
-
 
 def machine(device: str) -> str:
     """Return the name of the card or processor."""
@@ -302,14 +243,14 @@ def write(
     copy: Timing,
     rows: Sequence[Row],
     absent: dict[str, str],
-) -> str:
-    """Write `results.json` and `README.md` into a folder; return the table of targets.
+) -> list[Line]:
+    """Write `results.json` and `README.md` into a folder, each whole; return the targets.
 
     `environment` has machine, device, dtype, threads; `copy` the bandwidth in bytes a second;
     `absent` what was not measured, and why.
     """
     derived = derive(rows, copy.median)
-    targets = target_table(TARGETS[environment["device"]], derived)
+    targets = target_lines(SINGLE[environment["device"]], derived)
     environment = {
         **environment,
         "copy_bytes_per_second": copy.samples,
@@ -317,8 +258,13 @@ def write(
         "versions": versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"environment": environment, "missing": absent, "rows": [asdict(row) for row in rows]}
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {
+        "environment": environment,
+        "missing": absent,
+        "targets": [asdict(line) for line in targets],
+        "rows": [asdict(row) for row in rows],
+    }
+    replace_text(folder / "results.json", json.dumps(facts) + "\n")
     threads = f", {environment['threads']} threads" if environment["threads"] else ""
     missing = "".join(f"- {name}: {why}\n" for name, why in absent.items())
     text = (
@@ -326,11 +272,18 @@ def write(
         f"Activations in {environment['dtype']}{threads}; copy bandwidth {copy.median / 1e9:.1f} "
         f"GB/s (IQR {copy.spread / 1e9:.1f}), bytes read and written. Written by "
         "`python -m kernels.bench`; samples and versions are in `results.json`.\n\n"
-        f"## Targets\n\n{targets}\n{result_tables(derived)}\n"
+        f"## Targets\n\n{bench_targets.table(targets)}\n{result_tables(derived)}\n"
         f"## Not measured\n\n{missing}{refusals(rows)}"
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    replace_text(folder / "README.md", text)
     return targets
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time: what it was, or the text."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

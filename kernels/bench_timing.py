@@ -1,7 +1,9 @@
 """Times of calls that take turns, and the bandwidth of a plain copy on the same machine.
 
 On a processor each call is timed by itself, the contenders one after another in every round, so
-that a machine that slows down slows all of them. On a card a CUDA graph of some calls is replayed
+that a machine that slows down slows all of them. A short call comes after some of its own that are
+not counted: the threads of another library's pool, whose turn it was before, go on spinning for
+milliseconds when their work is done. On a card a CUDA graph of some calls is replayed
 between two events, again in turns: launches cost what they cost in a graphed decode step. What
 cannot be captured is timed between events without a graph, and the row says so.
 """
@@ -19,9 +21,16 @@ import torch
 Call = Callable[[], object]
 
 FEWEST_ROUNDS = 5
+SLOW_ROUNDS, PATIENCE = 3, 10
 MOST_ROUNDS = 100
 GRAPH_SECONDS = 2e-3
 """Length of a graph: events resolve half a microsecond."""
+
+SETTLE_SECONDS = 5e-3
+"""Calls shorter than this are repeated for so long before one is timed."""
+
+WARM_SECONDS = 0.5
+"""Longest time for a call on each copy before any is timed."""
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 COPY_ROUNDS = 10
@@ -75,14 +84,25 @@ def copy_bandwidth(device: str, nbytes: int | None = None) -> Timing:
 
 
 def time_calls(
-    calls: Mapping[str, Call], device: str, seconds: float, fewest: int = FEWEST_ROUNDS
+    calls: Mapping[str, Call],
+    device: str,
+    seconds: float,
+    fewest: int = FEWEST_ROUNDS,
+    end: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time all calls in turns for about `seconds`, at least `fewest` and at most 100 rounds."""
+    """Time all calls in turns for about `seconds`, at least `fewest` and at most 100 rounds.
+
+    Three rounds will do where they take ten times as long; behind `end` (of `time.monotonic`) no
+    further round is begun, but for the first.
+    """
     timers = {name: _timer(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
+    start = time.monotonic()
     for done in range(MOST_ROUNDS):
-        if done >= fewest and time.perf_counter() >= end:
+        now = time.monotonic()
+        if (done >= fewest and now >= start + seconds) or (done and now >= end):
+            break
+        if seconds and done >= SLOW_ROUNDS and now >= start + PATIENCE * seconds:
             break
         for name, (timer, _) in timers.items():
             samples[name].append(timer())
@@ -91,23 +111,33 @@ def time_calls(
 
 def _timer(call: Call, device: str) -> tuple[Callable[[], float], str]:
     """Warm a call up; return what takes one sample of it, and how."""
-    call()
+    warm = time.perf_counter() + WARM_SECONDS
+    took = _wall(call, 0.0)
     if device != "cuda":
-        return lambda: _wall(call), "calls"
+        # What a copy sets up at its first call would be timed otherwise.
+        for _ in range(getattr(call, "copies", 1) - 1):
+            if time.perf_counter() >= warm:
+                break
+            took = _wall(call, 0.0)
+        settle = SETTLE_SECONDS if took < SETTLE_SECONDS else 0.0
+        return lambda: _wall(call, settle), "calls"
     _on_side_stream(call)
     repeats = max(1, round(GRAPH_SECONDS / max(_events(call, 1), 1e-7)))
     # Copies take turns within a graph: too few calls would leave some of them out.
     repeats = max(repeats, getattr(call, "copies", 1))
     try:
         graph = _captured(call, repeats)
-    except RuntimeError:
+    except Exception:  # noqa: BLE001  # a library's compiler has errors of its own
         torch.cuda.synchronize()
         return lambda: _events(call, repeats), "events"
     graph.replay()
     return lambda: _events(graph.replay, 1) / repeats, "graph"
 
 
-def _wall(call: Call) -> float:
+def _wall(call: Call, settle: float) -> float:
+    settled = time.perf_counter() + settle
+    while time.perf_counter() < settled:
+        call()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -12,12 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bench, bench_core, bench_cpu, bench_cuda, bench_report
+from kernels import (
+    bench,
+    bench_core,
+    bench_cpu,
+    bench_cuda,
+    bench_ggml,
+    bench_targets,
+    bench_timing,
+)
 from kernels.bench_core import (
     SCHEMES,
-    TOLERANCE,
     UNQUANTIZED,
     Contender,
+    Failed,
+    Given,
     Prepared,
     Rotation,
     Scheme,
@@ -26,18 +35,16 @@ from kernels.bench_core import (
     on_grid,
     prepare,
     quantize,
+    tolerance,
+    zeros_of,
 )
 from kernels.bench_report import (
     Row,
-    Target,
-    derive,
     machine,
-    refusals,
-    result_tables,
     slug,
-    target_table,
 )
 from kernels.bench_timing import Timing, cache_bytes, copy_bandwidth, parse_size, time_calls
+from kernels.errors import ConfigError
 
 OWN = tuple(c for c in bench_cpu.CONTENDERS if c.package is None)
 """What needs nothing beyond torch."""
@@ -52,18 +59,37 @@ def weight(out: int = 64, columns: int = 128) -> Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("columns", [128, 193])
-def test_rounding_twice_changes_nothing(scheme: Scheme, columns: int) -> None:
-    once = on_grid(weight(columns=columns), scheme)
-    assert once.shape == (64, columns)
-    assert torch.equal(on_grid(once, scheme), once)
+def test_rounding_is_within_half_a_step(scheme: Scheme, columns: int) -> None:
+    given = on_grid(weight(columns=columns), scheme)
+    assert given.weight.shape == (64, columns)
+    span = columns if scheme.group_size == -1 else scheme.group_size
+    step = given.codes.scale.float().repeat_interleave(span, dim=1)[:, :columns]
+    # A zero point is rounded, too, so an end of the range may be cut by half a step more.
+    most = (1.01 if scheme.zero_points else 0.51) * step
+    assert ((given.weight - weight(columns=columns)).abs() <= most).all()
+    if not scheme.zero_points:
+        assert torch.equal(on_grid(given.weight, scheme).weight, given.weight)
 
 
 def test_rounding_is_to_nearest() -> None:
     given = torch.tensor([[7.0, -7.0, 3.4, 3.6], [0.0, 0.0, 0.0, 0.0]])
-    stored = quantize(given, 4, -1)
+    stored = quantize(given, Scheme(4, -1))
     assert codes_of(stored).tolist() == [[15, 1, 11, 12], [8, 8, 8, 8]]
-    assert on_grid(given, Scheme(4, -1)).tolist() == [[7.0, -7.0, 3.0, 4.0], [0.0] * 4]
-    assert on_grid(given, UNQUANTIZED) is given
+    assert zeros_of(stored).tolist() == [[8], [8]]
+    rounded = on_grid(given, Scheme(4, -1))
+    assert rounded.weight.tolist() == [[7.0, -7.0, 3.0, 4.0], [0.0] * 4]
+    assert on_grid(given, UNQUANTIZED) == Given(given, UNQUANTIZED, None)
+    with pytest.raises(ValueError, match="no codes"):
+        _ = on_grid(given, UNQUANTIZED).codes
+
+
+def test_zero_points() -> None:
+    given = torch.tensor([[3.0, 0.0, 1.0, 2.0], [-1.0, 2.0, 1.2, 0.0]])
+    stored = quantize(given, Scheme(2, -1, zero_points=True))
+    assert codes_of(stored).tolist() == [[3, 0, 1, 2], [0, 3, 2, 1]]
+    assert zeros_of(stored).tolist() == [[0], [1]]
+    rounded = on_grid(given, Scheme(2, -1, zero_points=True)).weight
+    assert rounded.tolist() == [[3.0, 0.0, 1.0, 2.0], [-1.0, 2.0, 1.0, 0.0]]
 
 
 def test_names() -> None:
@@ -73,7 +99,15 @@ def test_names() -> None:
         "w8",
         "w3 g128",
         "w2 g64",
+        "w4 g128 zeros",
+        "w3 g128 zeros",
+        "w2 g64 zeros",
+        "w8a8",
+        "w4a8 g128",
     ]
+    assert all(Scheme.of(scheme.name) == scheme for scheme in SCHEMES)
+    with pytest.raises(ConfigError, match="'w5' is no scheme"):
+        Scheme.of("w5")
 
 
 def test_the_error_is_relative_and_sees_both_ends() -> None:
@@ -89,69 +123,87 @@ def test_the_error_is_relative_and_sees_both_ends() -> None:
 @pytest.mark.parametrize("contender", OWN, ids=lambda contender: contender.name)
 def test_contenders_on_a_processor(contender: Contender) -> None:
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(6)).bfloat16()
+    tried = 0
     for scheme in (UNQUANTIZED, *SCHEMES):
-        if scheme.bits not in contender.bits or (contender.role == "ours" and scheme.bits < 4):
+        if not contender.takes(scheme):
             continue
         given = on_grid(weight(), scheme)
-        prepared = prepare(contender, given, scheme, torch.bfloat16)
+        prepared = prepare(contender, given, torch.bfloat16)
+        if contender.role == "ours" and isinstance(prepared, str):
+            continue  # a machine without a compiler has fewer kernels
         assert isinstance(prepared, Prepared)
-        assert 64 * 128 * scheme.bits // 8 <= prepared.nbytes < 1.2 * 64 * 128 * scheme.bits // 8
+        assert 64 * 128 * scheme.bits // 8 <= prepared.nbytes < 1.5 * 64 * 128 * scheme.bits // 8
+        assert isinstance(prepared.kernel(3), str)
+        assert prepared.registers(3) is None
         rotation = Rotation(prepared, 2 * prepared.nbytes)
         for _ in range(rotation.copies):
-            assert largest_error(x, rotation(x), given) < TOLERANCE[torch.bfloat16]
+            error = largest_error(x, rotation(x), given.weight)
+            assert error < tolerance(scheme.activation_bits, torch.bfloat16)
+        tried += 1
+    assert tried
 
 
-def test_what_pytorchs_ops_do_not_take_is_refused() -> None:
-    odd = weight(67, 193)
-    assert isinstance(bench_cpu.int4_op(odd, 4, 128, torch.bfloat16), str)
-    assert isinstance(bench_cpu.int8_op(odd, 8, -1, torch.bfloat16), str)
-    assert "3 bits" in str(bench_cpu.packed(odd, 3, 128, torch.bfloat16))
+def test_who_is_asked_for_what() -> None:
+    plain, zeros, rounded = Scheme(4, 128), Scheme(4, 128, True), Scheme(4, 128, False, 8)
+    peer = Contender("p", "peer", (4,), lambda given, dtype: "")
+    assert [peer.takes(scheme) for scheme in (plain, zeros, rounded)] == [True, False, False]
+    assert not peer.takes(Scheme(8, -1))
+    assert all(bench_cpu.OURS.takes(scheme) for scheme in (plain, zeros, rounded))
+
+
+def test_what_is_not_there_is_refused() -> None:
+    odd = {bits: on_grid(weight(67, 193), Scheme(bits, -1)) for bits in (4, 8)}
+    for asked in (bench_cpu.int4_op, bench_cuda.int4_op):
+        assert isinstance(asked(odd[4], torch.bfloat16), str)
+    for asked in (bench_cpu.int8_op, bench_cpu.int8_product, bench_cuda.float8_product):
+        assert isinstance(asked(odd[8], torch.bfloat16), str)
+    given = on_grid(weight(), Scheme(8, -1, activation_bits=8))
+    assert bench_cpu.own_linear(None, given) == "no packed kernel for w8a8"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="no llama_cpp")
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
 def test_llamacpps_kernels(name: str) -> None:
-    _, bits, _ = bench_cpu.GGML_TYPES[name]
+    _, bits, _ = bench_ggml.TYPES[name]
     given = on_grid(weight(), Scheme(bits, 32))
-    prepared = bench_cpu.ggml(name, given, bits, 32, torch.bfloat16)
+    prepared = bench_ggml.product(name, given, torch.bfloat16)
     assert isinstance(prepared, Prepared)
     assert prepared.nbytes == 64 * 128 // 32 * (2 + 32 * bits // 8)
     rotation = Rotation(prepared, prepared.nbytes)
     for tokens in (1, 5, 1):
         x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens))
-        assert largest_error(x, rotation(x), given) < (0.02 if bits == 8 else 0.2)
-    assert "256" in str(bench_cpu.ggml("Q4_K", given, 4, 128, torch.bfloat16))
+        assert largest_error(x, rotation(x), given.weight) < (0.02 if bits == 8 else 0.2)
+    assert "256" in str(bench_ggml.product("Q4_K", given, torch.bfloat16))
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 40])
-def test_int8_products_of_a_card(tokens: int) -> None:
-    scheme = Scheme(8, -1)
-    given = on_grid(weight(), scheme)
-    prepared = bench_cuda.int8_product(given, 8, -1, torch.bfloat16)
+def test_int8_products(tokens: int) -> None:
+    given = on_grid(weight(), Scheme(8, -1, activation_bits=8))
+    prepared = bench_cpu.int8_product(given, torch.bfloat16)
     assert isinstance(prepared, Prepared)
     x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(8)).bfloat16()
-    assert largest_error(x, prepared.module(x), given) < 2e-2
-    assert isinstance(bench_cuda.int8_product(weight(67, 193), 8, -1, torch.bfloat16), str)
+    assert largest_error(x, prepared.module(x), given.weight) < bench_core.INT8_TOLERANCE
 
 
 def test_our_kernels_of_a_card_are_found_by_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = next(c for c in bench_cuda.CONTENDERS if c.role == "ours")
     monkeypatch.setattr(bench_cuda, "OURS", "kernels.cpu")
     given = on_grid(weight(), SCHEMES[0])
-    prepared = prepare(ours, given, SCHEMES[0], torch.bfloat16)
+    prepared = prepare(ours, given, torch.bfloat16)
     assert isinstance(prepared, Prepared)
-    assert prepared.registers is None
-    assert "no packed kernel for 3 bits" in str(ours.prepare(given, 3, 128, torch.bfloat16))
+    assert prepared.registers(1) is None
+    assert prepared.kernel(1)
 
 
-def test_a_library_that_fails_is_a_refusal_and_ours_is_an_error() -> None:
+def test_what_is_raised_is_a_refusal() -> None:
     def broken(*given: Any) -> Prepared:
         raise OSError("no such\nthing")
 
-    peer = Contender("peer", "peer", (4,), broken)
-    assert prepare(peer, weight(), SCHEMES[0], torch.bfloat16) == "OSError: no such"
-    with pytest.raises(OSError, match="no such"):
-        prepare(Contender("ours", "ours", (4,), broken), weight(), SCHEMES[0], torch.bfloat16)
+    given = on_grid(weight(), SCHEMES[0])
+    for role in ("peer", "ours"):
+        refusal = prepare(Contender("c", role, (4,), broken), given, torch.bfloat16)
+        assert refusal == "OSError: no such"
+        assert isinstance(refusal, Failed)
     absent = Contender("a", "peer", (4,), broken, "a_package_that_is_not_there")
     assert absent.missing() == "a_package_that_is_not_there is not installed"
     absent.load()
@@ -161,7 +213,7 @@ def test_a_library_that_fails_is_a_refusal_and_ours_is_an_error() -> None:
 
 
 def test_copies_take_turns_until_they_exceed_the_cache() -> None:
-    prepared = bench_cpu.unquantized(weight(), 16, -1, torch.bfloat16)
+    prepared = bench_cpu.unquantized(on_grid(weight(), UNQUANTIZED), torch.bfloat16)
     assert isinstance(prepared, Prepared)
     assert Rotation(prepared, 0).copies == 1
     assert Rotation(prepared, prepared.nbytes // 3).copies == 1
@@ -179,13 +231,18 @@ def test_median_and_quartiles() -> None:
     assert Timing((2.0,), "calls").spread == 0.0
 
 
-def test_calls_take_turns() -> None:
+def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_timing, "SETTLE_SECONDS", 0.0)
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}  # type: ignore[misc]
     found = time_calls(calls, "cpu", 0.0, fewest=3)
     assert order == ["a", "b"] * 4, "once to warm up, then in turns"
     assert {name: len(timing.samples) for name, timing in found.items()} == {"a": 3, "b": 3}
     assert found["a"].how == "calls"
+    found = time_calls(calls, "cpu", 0.0, fewest=3, end=0.0)
+    assert len(found["a"].samples) == 1, "one round, although the time was up"
+    found = time_calls(calls, "cpu", 1e-9)
+    assert len(found["a"].samples) == 3, "fewer rounds, where they take far longer than asked"
 
 
 def test_the_machine() -> None:
@@ -197,69 +254,27 @@ def test_the_machine() -> None:
     assert slug("Intel(R) Xeon(R) @ 2.1GHz") == "intel-r-xeon-r-2-1ghz"
 
 
-# Tables
+def test_every_copy_is_called_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_timing, "SETTLE_SECONDS", 0.0)
+    prepared = bench_cpu.unquantized(on_grid(weight(), UNQUANTIZED), torch.bfloat16)
+    assert isinstance(prepared, Prepared)
+    called: list[int] = []
+    product = bench._Product(Rotation(prepared, 2 * prepared.nbytes), torch.ones(1, 128).bfloat16())
+    product._rotation = lambda x: called.append(1)  # type: ignore[assignment]
+    time_calls({"a": product}, "cpu", 0.0, fewest=1)
+    assert len(called) == product.copies + 1 == 5
 
 
-def row(contender: str, role: bench_core.Role, bits: int, seconds: float, **more: Any) -> Row:
-    facts = {"shape": "s", "out_features": 8, "in_features": 16, "tokens": 1, **more}
-    nbytes = more.pop("nbytes", 100)
-    facts.pop("nbytes", None)
-    return Row(
-        bits=bits,
-        group_size=-1,
-        contender=contender,
-        role=role,
-        nbytes=nbytes,
-        median=seconds,
-        samples=(seconds,),
-        how="calls",
-        **facts,
-    )
-
-
-ROWS = [
-    row("linear", "baseline", 16, 8.0),
-    row("mine", "ours", 4, 2.0),
-    row("slow", "peer", 4, 5.0),
-    row("fast", "peer", 4, 1.0),
-    row("other bits", "peer", 8, 0.5),
-    row("mine", "ours", 4, 4.0, tokens=16),
-    Row("s", 8, 16, 0, 3, -1, "mine", "ours", refusal="no packed kernel"),
-]
-
-
-def test_what_follows_from_the_rows() -> None:
-    found = {(d.row.contender, d.row.tokens): d for d in derive(ROWS, 200.0)}
-    mine = found["mine", 1]
-    assert (mine.share, mine.faster, mine.ahead) == (0.25, 4.0, 0.5)
-    assert (mine.row.bandwidth, mine.row.operations) == (50.0, 128.0)
-    assert found["linear", 1].ahead is None
-    alone = found["mine", 16]
-    assert (alone.faster, alone.ahead) == (None, None)
-    assert len(found) == 6
-
-
-def test_targets_show_the_worst() -> None:
-    derived = derive([*ROWS, row("mine", "ours", 4, 4.0, shape="t", nbytes=40_000_000)], 200.0)
-    bandwidth = Target("of the copy", 0.2, "share", 4, (1, 128))
-    assert bandwidth.values(derived) == [0.25, 0.125, 50_000.0]
-    large = Target("large", 0.2, "share", 4, megabytes=(40, 50))
-    behind = Target("of slow", 1.0, "ahead", 4, peer="slow")
-    none = Target("none", 1.0, "faster", 2)
-    text = target_table([bandwidth, large, behind, none], derived)
-    assert "| of the copy | 0.20 | 0.12 | 3 | no |" in text
-    assert "| large | 0.20 | 50000.00 | 1 | yes |" in text
-    assert "| of slow | 1.00 | 2.50 | 1 | yes |" in text
-    assert "| none | 1.00 | not measured | 0 |  |" in text
-
-
-def test_the_tables_have_every_row() -> None:
-    text = result_tables(derive(ROWS, 200.0))
-    assert text.startswith("## s: 8 x 16\n")
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 6
-    assert {line.count("|") for line in lines} == {len(bench_report.COLUMNS) + 1}
-    assert refusals(ROWS) == "- mine, w3: no packed kernel (s)\n"
+def test_short_calls_settle_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_timing, "SETTLE_SECONDS", 1e-3)
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}  # type: ignore[misc]
+    time_calls(calls, "cpu", 0.0, fewest=1)
+    assert order[:2] == ["a", "b"]
+    turns = "".join(order[2:])
+    assert turns.startswith("aaa")
+    assert turns.endswith("bbb")
+    assert "ba" not in turns
 
 
 # A run
@@ -289,17 +304,45 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
         (shape, tokens) for shape in ("64x128", "67x193") for tokens in (1, 5)
     }
     assert all(len(row["samples"]) == 5 and row["nbytes"] and row["copies"] for row in timed)
+    assert [line["reached"] for line in facts["targets"]] == [None] * len(facts["targets"])
     assert facts["environment"]["versions"]["torch"]
     assert facts["environment"]["threads"] == torch.get_num_threads()
     page = (folder / "README.md").read_text()
     assert "## 64x128: 64 x 128" in page
-    assert "quantbench, w3 g128: no packed kernel for 3 bits (64x128, 67x193)" in page
+    assert "torch _weight_int8pack_mm, w8: takes multiples of 32 inputs" in page
+    assert bench_targets.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(str(folder))
+    assert shown.count("not measured") == len(facts["targets"])
+    assert bench_targets.main([str(tmp_path), "--device", "cuda"]) == 0
+    assert capsys.readouterr().out == f"no results below {tmp_path} yet\n"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_is_stopped_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    timed = bench._timed
+
+    def stopping(*given: Any) -> list[Row]:
+        if kept:
+            raise KeyboardInterrupt
+        kept.append(1)
+        return timed(*given)
+
+    monkeypatch.setattr(bench, "_timed", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("--shapes", "64x128", "--m", "1,5", "--output", str(tmp_path))
+    (file,) = tmp_path.glob("*/kernels/results.json")
+    assert {row["tokens"] for row in json.loads(file.read_text())["rows"] if row["samples"]} == {1}
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_check_takes_no_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--check", "--shapes", "64x128", "--m", "1,9", "--output", str(tmp_path))
-    assert run(*given) == 0
+    assert run(*given, "--schemes", "w4 g128,w8") == 0
     assert "checked 4 products against float64, 0 beyond tolerance" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -319,14 +362,17 @@ def test_time_that_is_up_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not measured: 64x128: the time was up" in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_when_called_is_a_refusal() -> None:
+@pytest.mark.parametrize("role", ["ours", "peer"])
+def test_what_fails_when_called_is_a_refusal_and_ours_a_fault(role: bench_core.Role) -> None:
     def failing(x: Tensor) -> Tensor:
         raise RuntimeError("not here")
 
-    given = Contender("peer", "peer", (4,), lambda *given: Prepared(failing, 10))
+    given = Contender("c", role, (4,), lambda *given: Prepared(failing, 10))
     settings = bench.Settings("cpu", torch.bfloat16, {"s": (8, 128)}, (1,), seconds=0.0)
-    rows, left_out = bench.measure(settings, [given], [Scheme(4, 128)])
+    rows, left_out = bench.measure(settings, [given])
     assert ([row.refusal for row in rows], left_out) == (["RuntimeError: not here"], [])
+    faults = ["c w4 g128 at 8x128, M = 1: RuntimeError: not here"] if role == "ours" else []
+    assert bench.wrong(rows, torch.bfloat16) == faults
 
 
 @pytest.mark.parametrize(
@@ -335,6 +381,7 @@ def test_a_peer_that_fails_when_called_is_a_refusal() -> None:
         (("--shapes", "7B nothing"), "--shapes has 7B nothing"),
         (("--shapes", "0x4"), "--shapes has 0x4"),
         (("--m", "1,0"), "--m has 0"),
+        (("--schemes", "w4,w9"), "'w9' is no scheme"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -358,3 +405,5 @@ def test_options_narrow() -> None:
     settings, _ = bench.parse(["--device", "cpu", "--shapes", "7B o, 5x7", "--dtype", "float16"])
     assert settings.shapes == {"7B o": (4096, 4096), "5x7": (5, 7)}
     assert settings.dtype == torch.float16
+    settings, _ = bench.parse(["--device", "cpu", "--schemes", "w4 g32 zeros"])
+    assert settings.schemes == (Scheme(4, 32, zero_points=True),)
