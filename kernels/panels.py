@@ -7,7 +7,8 @@ bits of a row, none of them unused. Which code is where:
 - `PAIRS`, for bfloat16 activations. Each half of a word gives one input of a pair: pair p is the
   inputs 2p (low half) and 2p + 1. With 8, 4 and 2 bits, word w holds the next 16 / bits pairs,
   the first in its lowest bits. With 3 bits, words 0, 1 and 2 hold 5 pairs each, and the three bits
-  of pair 15 are the highest of the halves of words 0, 1 and 2.
+  of pair 15 are the highest of the halves of words 0, 1 and 2. A byte of 8 bits holds sign (highest
+  bit) and magnitude of code - 127.5, the magnitude without its half.
 - `QUADS`, for int8 activations. A word has 4 consecutive inputs, one a byte; quad q is the inputs
   4q .. 4q + 3. With 8, 4 and 2 bits, word w holds the next 8 / bits quads, the first in the lowest
   bits of each byte. With 3 bits, words 0 and 1 hold the low two bits that way, and bit q of the
@@ -103,7 +104,16 @@ def _spread(words: Tensor, bits: int, count: int) -> Tensor:
     return torch.stack(places, dim=-1).to(torch.uint8)
 
 
+def _sign_and_magnitude(codes: Tensor) -> Tensor:
+    return torch.where(codes < 128, 255 - codes, codes - 128)
+
+
+def _whole(signed: Tensor) -> Tensor:
+    return torch.where(signed >= 128, 255 - signed, signed + 128)
+
+
 def _join_pairs(codes: Tensor, bits: int) -> Tensor:
+    codes = _sign_and_magnitude(codes) if bits == 8 else codes
     pairs = codes.reshape(*codes.shape[:-1], STEP // 2, 2)  # [..., 16 rows, 16 pairs, 2]
     in_word = 16 // bits
     halves = pairs[..., : bits * in_word, :].reshape(*codes.shape[:-1], bits, in_word, 2)
@@ -123,7 +133,8 @@ def _split_pairs(packed: Tensor, bits: int) -> Tensor:
     if bits == 3:
         last = _shifted(halves.transpose(-1, -2) >> 15 & 1, 1).to(torch.uint8)
         pairs = torch.cat([pairs, last.unsqueeze(-2)], dim=-2)
-    return pairs.flatten(-2)
+    codes = pairs.flatten(-2)
+    return _whole(codes) if bits == 8 else codes
 
 
 def _join_quads(codes: Tensor, bits: int) -> Tensor:

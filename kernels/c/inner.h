@@ -24,6 +24,8 @@ QB_INLINE int64_t up_to(int64_t value, int64_t unit) { return (value + unit - 1)
 
 QB_INLINE int is_packed(const qb_matrix *m) { return m->kind <= QB_W8; }
 QB_INLINE int groups_of(const qb_matrix *m) { return m->width / m->group; }
+/* Whether sums of activations are needed: by zero points, and by 8 bits (see byte_pair in packed.c). */
+QB_INLINE int has_sums(const qb_matrix *m) { return m->zero || m->kind == QB_W8; }
 QB_INLINE int parts_of(const qb_matrix *m) { return m->activation == QB_TWO_BF16 ? 2 : 1; }
 /* Tokens are multiplied in tiles of at most TILE, all of this size but the last. */
 QB_INLINE int32_t tile_of(int32_t tokens) {

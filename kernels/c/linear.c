@@ -11,7 +11,7 @@ int64_t qb_prepared_bytes(const qb_matrix *m, int32_t tokens) {
 int32_t qb_shares(const qb_matrix *a, const qb_matrix *b) {
   if (a->activation != b->activation || a->columns != b->columns || is_packed(a) != is_packed(b)) return 0;
   if (!is_packed(a)) return (a->kind == QB_BF16) == (b->kind == QB_BF16);
-  int same_sums = (a->zero == NULL) == (b->zero == NULL) && (a->zero == NULL || a->group == b->group);
+  int same_sums = has_sums(a) == has_sums(b) && (!has_sums(a) || a->group == b->group);
   return a->width == b->width && (same_sums || a->activation == QB_INT8) &&
          (a->activation != QB_INT8 || a->group == b->group);
 }

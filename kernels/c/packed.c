@@ -1,7 +1,7 @@
 /* Packed weights times bfloat16 activations.
  *
  * Codes become whole numbers in bfloat16 (exact: code - 2^(bits - 1)) by a table of 32 entries in one register: a
- * lookup reads the low 5 bits of each 16, so a word is only shifted, never masked. One instruction multiplies pairs
+ * lookup reads the low 5 bits of each 16, so a word is only shifted, never masked. 8 bits: `byte_pair`. One instruction multiplies pairs
  * of inputs of 16 rows and adds them up in float32; the sums of a group are scaled at its end, where zero points cost
  * one more product with the sum of the group's activations.
  *
@@ -14,9 +14,12 @@
 
 enum { DIRECT = 6, SLICE = 128, HELD = 11 * TILE };
 
+/* Bytes ahead of the weights being read that are asked for: the processor's own prefetching ends at a page. */
+enum { AHEAD = 4096 };
+
 /* Bytes of a prepared token: pairs of bfloat16, and sums of groups. A tile has [pair][part][token], [group][token]. */
 QB_INLINE int64_t token_bytes(const qb_matrix *m) {
-  return 2 * (int64_t)m->width * parts_of(m) + (m->zero ? 4 * groups_of(m) : 0);
+  return 2 * (int64_t)m->width * parts_of(m) + (has_sums(m) ? 4 * groups_of(m) : 0);
 }
 
 int64_t bf16_prepared_bytes(const qb_matrix *m, int32_t tokens) { return tokens * token_bytes(m); }
@@ -45,7 +48,7 @@ static void prepare_token(const qb_matrix *m, const float *x, uint32_t *pairs, f
     if ((k + LANES) % m->group == 0) {
       float all = 0;
       for (int i = 0; i < LANES; i++) all += sum[i];
-      if (m->zero) sums[k / m->group * tile] = all;
+      if (has_sums(m)) sums[k / m->group * tile] = all;
       sum = (lanes){};
     }
   }
@@ -64,7 +67,7 @@ void bf16_prepare(const qb_matrix *m, const float *x, int64_t x_stride, int32_t 
 
 #if QB_AVX512
 
-/* Scales of 16 rows, and scale * (2^(bits - 1) - zero point). */
+/* Scales of 16 rows, and scale * (2^(bits - 1) - zero point); for 8 bits half a scale less. */
 typedef struct { __m512 scale, offset; } grid;
 
 QB_INLINE grid grid_of(const qb_matrix *m, int64_t at) {
@@ -74,45 +77,68 @@ QB_INLINE grid grid_of(const qb_matrix *m, int64_t at) {
     __m512i middle = _mm512_set1_epi32(1 << (m->kind - 1));
     found.offset = _mm512_mul_ps(found.scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zero)));
   }
+  if (m->kind == QB_W8) found.offset = _mm512_fnmadd_ps(found.scale, _mm512_set1_ps(0.5f), found.offset);
   return found;
 }
 
 QB_INLINE __m512 finish(const qb_matrix *m, grid g, __m512 sums, __m512 total, const float *x_sum) {
   total = _mm512_fmadd_ps(sums, g.scale, total);
-  return m->zero ? _mm512_fmadd_ps(g.offset, _mm512_set1_ps(*x_sum), total) : total;
+  return has_sums(m) ? _mm512_fmadd_ps(g.offset, _mm512_set1_ps(*x_sum), total) : total;
 }
 
-QB_INLINE __m512i table_of(const int bits) {
+/* Low and high bytes of 0.5, 1.5, .. 127.5 in bfloat16. */
+static uint8_t magnitudes[2][128];
+
+__attribute__((constructor)) static void fill_magnitudes(void) {
+  for (int i = 0; i < 128; i++) {
+    uint16_t value = bf16_of((float)i + 0.5f);
+    magnitudes[0][i] = (uint8_t)value, magnitudes[1][i] = (uint8_t)(value >> 8);
+  }
+}
+
+/* For 8 bits the four registers of `magnitudes`, else one of whole numbers. */
+typedef struct { __m512i part[4]; } table;
+
+QB_INLINE table table_of(const int bits) {
+  table found;
+  if (bits == 8) {
+    QB_UNROLL for (int i = 0; i < 4; i++) found.part[i] = _mm512_loadu_si512(&magnitudes[i / 2][i % 2 * 64]);
+    return found;
+  }
   uint16_t entries[32];
   for (int i = 0; i < 32; i++) entries[i] = bf16_of((float)((i & ((1 << bits) - 1)) - (1 << (bits - 1))));
-  return _mm512_loadu_si512(entries);
+  found.part[0] = _mm512_loadu_si512(entries);
+  return found;
+}
+
+/* Of 16 words that hold two pairs the first or second, as bfloat16. No 16 bits and no table of words reach 256 values,
+ * but sign and magnitude of code - 127.5 do: the magnitude's bytes are looked up by the low 7 bits, the sign is the 8th.
+ * The half that is too much is taken off with the zero point, by the sum of the activations. */
+QB_INLINE __m512i byte_pair(__m512i codes, const int second, const table *t) {
+  __m512i low = _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]);
+  __m512i high = _mm512_permutex2var_epi8(t->part[2], codes, t->part[3]);
+  high = _mm512_ternarylogic_epi32(_mm512_set1_epi8(-128), codes, high, 0xEA); /* 128 & codes | high */
+  if (second)
+    low = _mm512_srli_epi16(low, 8);
+  else
+    high = _mm512_slli_epi16(high, 8);
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi16(0xff), low, high, 0xCA); /* 255 ? low : high */
 }
 
 /* Pair `pair` (0..15, a constant) of the 32 inputs of 16 rows that `w` holds, as bfloat16. */
-QB_INLINE __m512i pair_of(const uint8_t *w, const int bits, const int pair, __m512i table) {
-  if (bits == 8) {
-    /* A code at bit 0 (or 8) of the fraction of 2^23 (or 2^15) adds itself to that number. */
-    const int second = pair % 2;
-    const __m512i mask = _mm512_set1_epi32(second ? 0xff00 : 0xff);
-    const __m512 base = _mm512_set1_ps(second ? 1 << 15 : 1 << 23);
-    const __m512 taken = _mm512_set1_ps((second ? 1 << 15 : 1 << 23) + 128);
-    __m512i even = _mm512_loadu_si512(w + 64 * (pair / 2)), odd = _mm512_srli_epi32(even, 16);
-    even = _mm512_ternarylogic_epi32(even, mask, (__m512i)base, 0xEA);
-    odd = _mm512_ternarylogic_epi32(odd, mask, (__m512i)base, 0xEA);
-    even = (__m512i)_mm512_sub_ps((__m512)even, taken), odd = (__m512i)_mm512_sub_ps((__m512)odd, taken);
-    return _mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
-  }
+QB_INLINE __m512i pair_of(const uint8_t *w, const int bits, const int pair, const table *t) {
+  if (bits == 8) return byte_pair(_mm512_loadu_si512(w + 64 * (pair / 2)), pair % 2, t);
   if (bits == 3 && pair == 15) {
     __m512i a = _mm512_srli_epi16(_mm512_loadu_si512(w), 15), b = _mm512_srli_epi16(_mm512_loadu_si512(w + 64), 14),
             c = _mm512_srli_epi16(_mm512_loadu_si512(w + 128), 13);
     /* Bit 0 of a, bit 1 of b, bit 2 of c; the lookup ignores the others: b & 2 | a, then c & 4 | that. */
     __m512i ab = _mm512_ternarylogic_epi32(_mm512_set1_epi16(2), b, a, 0xCA);
-    return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_set1_epi16(4), c, ab, 0xCA), table);
+    return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_set1_epi16(4), c, ab, 0xCA), t->part[0]);
   }
   const int in_word = 16 / bits;
   __m512i words = _mm512_loadu_si512(w + 64 * (pair / in_word));
   const int shift = pair % in_word * bits;
-  return _mm512_permutexvar_epi16(shift ? _mm512_srli_epi32(words, shift) : words, table);
+  return _mm512_permutexvar_epi16(shift ? _mm512_srli_epi32(words, shift) : words, t->part[0]);
 }
 
 /* All the inputs of up to `blocks` blocks of a unit, for `tokens` tokens: y gets totals. */
@@ -124,7 +150,7 @@ QB_INLINE void direct(const qb_matrix *m, int32_t unit, const uint32_t *x, const
   /* A unit with fewer blocks multiplies its last one again: nobody reads the result. */
   QB_UNROLL for (int b = 0; b < BLOCKS; b++) w[b] = unit_weight(m, unit) + least(b, held - 1) * block_bytes;
   int64_t at = (int64_t)unit * QB_UNIT_ROWS * groups;
-  const __m512i table = bits == 8 ? _mm512_setzero_si512() : table_of(bits);
+  const table numbers = table_of(bits);
   __m512 total[DIRECT][BLOCKS], sums[DIRECT][BLOCKS];
   QB_UNROLL for (int t = 0; t < tokens; t++) QB_UNROLL for (int b = 0; b < BLOCKS; b++) total[t][b] =
       _mm512_setzero_ps();
@@ -134,7 +160,9 @@ QB_INLINE void direct(const qb_matrix *m, int32_t unit, const uint32_t *x, const
     for (int32_t k = 0; k < m->group; k += STEP) {
       QB_UNROLL for (int pair = 0; pair < STEP / 2; pair++) {
         __m512bh weight[BLOCKS];
-        QB_UNROLL for (int b = 0; b < BLOCKS; b++) weight[b] = (__m512bh)pair_of(w[b], bits, pair, table);
+        if (pair % (16 / bits) == 0)
+          QB_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(w[b] + pair / (16 / bits) * 64 + AHEAD);
+        QB_UNROLL for (int b = 0; b < BLOCKS; b++) weight[b] = (__m512bh)pair_of(w[b], bits, pair, &numbers);
         QB_UNROLL for (int t = 0; t < tokens; t++) QB_UNROLL for (int part = 0; part < parts; part++) {
           __m512bh given = (__m512bh)_mm512_set1_epi32((int)x[(pair * parts + part) * tokens + t]);
           QB_UNROLL for (int b = 0; b < BLOCKS; b++) sums[t][b] = _mm512_dpbf16_ps(sums[t][b], weight[b], given);
@@ -174,10 +202,10 @@ typedef struct {
 } scratch;
 
 QB_INLINE void convert(const uint8_t *w, int held, int32_t inputs, const int bits, __m512i (*panel)[BLOCKS]) {
-  const __m512i table = bits == 8 ? _mm512_setzero_si512() : table_of(bits);
+  const table numbers = table_of(bits);
   for (int32_t k = 0; k < inputs; k += STEP)
     for (int b = 0; b < held; b++, w += bits * 64)
-      QB_UNROLL for (int pair = 0; pair < STEP / 2; pair++) panel[k / 2 + pair][b] = pair_of(w, bits, pair, table);
+      QB_UNROLL for (int pair = 0; pair < STEP / 2; pair++) panel[k / 2 + pair][b] = pair_of(w, bits, pair, &numbers);
 }
 
 static void convert_any(const uint8_t *w, int held, int32_t inputs, int bits, __m512i (*panel)[BLOCKS]) {

@@ -7,6 +7,10 @@
 QB_INLINE lanes input_of(const uint8_t *w, const int bits, int input) {
   int pair = input / 2, half = input % 2 * 16;
   words code;
+  if (bits == 8) {
+    words byte = load(w + 64 * (pair / 2)) >> (pair % 2 * 8 + half), sign = -((byte >> 7) & 1);
+    return __builtin_convertvector((ints)((byte & 127) ^ sign), lanes);
+  }
   if (bits == 3 && pair == 15)
     code = ((load(w) >> (15 + half)) & 1) | (((load(w + 64) >> (15 + half)) & 1) << 1) |
            (((load(w + 128) >> (15 + half)) & 1) << 2);

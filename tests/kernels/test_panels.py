@@ -40,11 +40,21 @@ def test_codes_come_back(order: Order, bits: int, rows: int, width: int) -> None
 
 
 def place(bits: int, order: Order, row: int, column: int) -> set[tuple[int, int]]:
-    """Return (word, bit) of each bit that one code sets among the words of 80 rows of 64 inputs."""
+    """Return (word, bit) of each bit that one code changes among the words of 80 rows of 64 inputs.
+
+    The code is one that shares no bit with code 0.
+    """
     codes = torch.zeros(80, 64, dtype=torch.uint8)
-    codes[row, column] = 2**bits - 1
-    words = pack_panels(codes, bits, order).view(torch.int32).tolist()
+    without = pack_panels(codes, bits, order).view(torch.int32)
+    codes[row, column] = 128 if (bits, order) == (8, PAIRS) else 2**bits - 1
+    words = (pack_panels(codes, bits, order).view(torch.int32) ^ without).tolist()
     return {(at, bit) for at, word in enumerate(words) for bit in range(32) if word >> bit & 1}
+
+
+def test_a_byte_is_sign_and_magnitude_of_the_code_less_127_and_a_half() -> None:
+    codes = torch.tensor([[128, 127, 255, 0] + [128] * 28], dtype=torch.uint8)
+    row = pack_panels(codes, 8, PAIRS)[[0, 2, 1, 3]].tolist()  # two pairs in a word
+    assert row == [0, 0x80, 127, 0xFF]
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
