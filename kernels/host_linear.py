@@ -22,8 +22,14 @@ ONE_BF16, TWO_BF16, INT8 = 1, 2, 8
 
 SCALE_KINDS = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 
-LARGE_BYTES = 4 << 20
 LARGE_PAGE = 2 << 20
+STRETCH = 32 << 20
+"""Bytes that small matrices share. What nobody wrote to takes no memory, beyond its last page."""
+
+ALIGNMENT = 64
+
+_shared: list[Tensor] = []
+"""What is left of the newest shared stretch."""
 
 
 class Matrix(ctypes.Structure):
@@ -114,19 +120,33 @@ def dequantize_rows(matrix: Matrix, start: int, end: int, dtype: torch.dtype) ->
 
 
 def in_large_pages(values: Tensor) -> Tensor:
-    """Return a copy of uint8 [n] in large pages, where it is large and the system gives them.
+    """Return a copy of uint8 [n] in large pages, where the system gives them.
 
-    Weights are read from end to end at each token, and every page ends a prefetch.
+    Weights are read from end to end at each token, and every page ends a prefetch. Small matrices
+    share a stretch of memory, which is given back when the last of them is gone.
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if values.numel() < LARGE_BYTES or advice is None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return values
-    room = mmap.mmap(-1, values.numel() + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room = -(-values.numel() // ALIGNMENT) * ALIGNMENT
+    if room > STRETCH // 2:
+        place = _stretch(room)
+    else:
+        left = _shared[0] if _shared else torch.empty(0, dtype=torch.uint8)
+        if left.numel() < room:
+            left = _stretch(STRETCH)
+        place = left[:room]
+        _shared[:] = [left[room:]]
+    return place[: values.numel()].copy_(values)
+
+
+def _stretch(size: int) -> Tensor:
+    """Return uint8 [size] of new memory that begins with a large page."""
+    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without them: nothing is lost
-        room.madvise(advice)
-    whole = torch.frombuffer(room, dtype=torch.uint8)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
-    return whole[start : start + values.numel()].copy_(values)
+    return whole[start : start + size]
 
 
 @cache

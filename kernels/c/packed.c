@@ -14,8 +14,9 @@
 
 enum { DIRECT = 6, SLICE = 128, HELD = 11 * TILE };
 
-/* Bytes ahead of the weights being read that are asked for: the processor's own prefetching ends at a page. */
-enum { AHEAD = 4096 };
+/* Bytes ahead of the weights being read that are asked for, into the second cache: the processor's own prefetching ends
+ * at a page of 4 KiB, however large the system's are. */
+enum { AHEAD = 8192 };
 
 /* Bytes of a prepared token: pairs of bfloat16, and sums of groups. A tile has [pair][part][token], [group][token]. */
 QB_INLINE int64_t token_bytes(const qb_matrix *m) {
@@ -161,7 +162,7 @@ QB_INLINE void direct(const qb_matrix *m, int32_t unit, const uint32_t *x, const
       QB_UNROLL for (int pair = 0; pair < STEP / 2; pair++) {
         __m512bh weight[BLOCKS];
         if (pair % (16 / bits) == 0)
-          QB_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(w[b] + pair / (16 / bits) * 64 + AHEAD);
+          QB_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(w[b] + pair / (16 / bits) * 64 + AHEAD, 0, 2);
         QB_UNROLL for (int b = 0; b < BLOCKS; b++) weight[b] = (__m512bh)pair_of(w[b], bits, pair, &numbers);
         QB_UNROLL for (int t = 0; t < tokens; t++) QB_UNROLL for (int part = 0; part < parts; part++) {
           __m512bh given = (__m512bh)_mm512_set1_epi32((int)x[(pair * parts + part) * tokens + t]);
