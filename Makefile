@@ -30,15 +30,21 @@ types: $(TESTED)
 imports: $(TESTED)
 	$(BIN)/lint-imports
 
-# On a machine with a card: nothing is installed, $(PYTHON) has torch and cuda-core. Minutes each.
+# On a machine with a card: nothing is installed, $(PYTHON) has torch, cuda-core and pytest. Minutes
+# each. Every kernel for this card, then the tests; warnings of other versions of torch are shown only.
 gpu-check:
-	$(PYTHON) -m kernels.build
-	$(PYTHON) -m pytest tests/kernels
+	$(PYTHON) -m kernels.build --arch card
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -W default tests/kernels
 	$(PYTHON) -m kernels.bench --check --device cuda --dtype float16
 	$(PYTHON) -m kernels.bench --check --device cuda --dtype bfloat16
 
+# Single products, then a whole 7B shape; the targets at the end, also where one of both failed.
 gpu-bench:
-	$(PYTHON) -m kernels.bench --device cuda --minutes 8
+	status=0; \
+	$(PYTHON) -m kernels.bench --device cuda --seconds 0.5 --minutes 4.5 || status=$$?; \
+	$(PYTHON) -m harness.decode_bench --device cuda --minutes 4 || status=$$?; \
+	$(PYTHON) -m kernels.bench_targets --device cuda; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) $(LEGACY) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

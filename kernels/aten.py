@@ -42,6 +42,7 @@ class Int4Linear(nn.Module):
     """4-bit weights in the format of the kernel: [..., in] -> [..., out] in the type of x."""
 
     kernel = "aten::_weight_int4pack_mm_for_cpu"
+    dtypes = (DTYPE,)
 
     @staticmethod
     def refusal(group_size: int) -> str | None:
@@ -60,13 +61,14 @@ class Int4Linear(nn.Module):
         repeats = self.width // groups // self.group_size
         self.scales = nn.Buffer(_int4_scales(stored, repeats).to(DTYPE))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the packed weight."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply by the packed weight and add `bias`."""
         rows = _rows(x, self.width)
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self.weight, self.group_size, self.scales
         )
-        return y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        y = y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -101,6 +103,7 @@ class Int8Linear(nn.Module):
     """8-bit weights in the format of the kernel: [..., in] -> [..., out] in the type of x."""
 
     kernel = "aten::_weight_int8pack_mm"
+    dtypes = (DTYPE,)
 
     @staticmethod
     def refusal(group_size: int) -> str | None:
@@ -122,11 +125,12 @@ class Int8Linear(nn.Module):
         offset = None if zero_point is None else zero_point.squeeze(-1).float() - 128
         self.offset = None if offset is None else nn.Buffer(offset)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the packed weight, take off what the zero points add, and scale."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply, take off what the zero points add, scale, and add `bias`."""
         rows = _rows(x, self.width)
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.ones).float()
         if self.offset is not None:
             y -= rows.sum(-1, keepdim=True, dtype=torch.float32) * self.offset
         y *= self.scale
-        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        return y if bias is None else y + bias

@@ -4,8 +4,8 @@
 an object that launches on torch's current stream. A launch allocates nothing on the card and waits
 for nothing, so it can be captured in a CUDA graph; loading cannot, so run an op once before.
 
-`python -m kernels.build` compiles each line of `kernels.variants` for each of its architectures,
-and fails where something does not compile or spills.
+`python -m kernels.build` compiles all of `kernels.variants` for each architecture, and fails where
+something does not compile or spills.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch import Tensor
 from kernels.compiler import SOURCES, BuildError, Compiled, compile_source, compiler_version
 from kernels.errors import ConfigError
 from kernels.registers import Resources, Row, table
-from kernels.variants import VARIANTS, Variant
+from kernels.variants import ARCHITECTURES, Variant, variants
 
 __all__ = ["BuildError", "Compiled", "Kernel", "Resources", "compile_source", "kernel"]
 
@@ -33,9 +36,6 @@ Argument = Tensor | int | float | None
 
 DEFAULT_SHARED_BYTES = 48 << 10
 """Dynamic shared memory of a block that a kernel gets without asking for more."""
-
-SPECIFIC = {(9, 0): "sm_90a"}
-"""Cards whose own instructions (wgmma) exist only under an architecture with a suffix."""
 
 POINTER, INTEGERS, FLOATS = (
     ctypes.c_void_p,
@@ -163,8 +163,11 @@ def kernel(path: str, function: str, defines: Mapping[str, int | str]) -> Kernel
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """Return the architecture compiled for a card: (8, 6) -> `sm_86`, (9, 0) -> `sm_90a`."""
-    return SPECIFIC.get(capability, f"sm_{capability[0]}{capability[1]}")
+    """Return the architecture compiled for a card: (8, 6) -> `sm_86`.
+
+    No kernel needs what a card has only under a suffix (`sm_90a`: wgmma).
+    """
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 @cache
@@ -233,31 +236,50 @@ def _call(name: str, function: str, *args: Any) -> Any:
     return values[0] if values else None
 
 
-def build_all(variants: Iterable[Variant], folder: Path = SOURCES) -> list[Row]:
-    """Compile every variant for each of its architectures."""
-    rows = []
-    for variant in variants:
+def build_one(variant: Variant, arch: str, folder: Path = SOURCES) -> Row:
+    """Compile one variant for one architecture."""
+    found, error = None, ""
+    try:
         source = (folder / variant.file).read_text(encoding="utf-8")
-        defines = " ".join(f"{key}={value}" for key, value in variant.defines.items())
-        for arch in variant.architectures:
-            found, error = None, ""
-            try:
-                compiled = compile_source(variant.file, source, arch, variant.defines, folder)
-                found = compiled.functions.get(variant.function)
-                error = "" if found else f"{variant.file} has no kernel {variant.function}"
-            except BuildError as failure:
-                error = str(failure)
-            rows.append(Row(variant.file, variant.function, defines, arch, found, error))
-    return rows
+        compiled = compile_source(variant.file, source, arch, variant.defines, folder)
+        found = compiled.functions.get(variant.function)
+        error = "" if found else f"{variant.file} has no kernel {variant.function}"
+    except BuildError as failure:
+        error = str(failure)
+    return Row(variant.file, variant.function, variant.defines, arch, found, error)
+
+
+def build_all(pairs: Sequence[tuple[Variant, str]], jobs: int) -> list[Row]:
+    """Compile variants, each for its architecture, by `jobs` processes."""
+    if jobs == 1:
+        return [build_one(variant, arch) for variant, arch in pairs]
+    # Spawned, because a fork of a process in which torch has threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        chunk = max(1, len(pairs) // (4 * jobs))
+        return list(pool.map(build_one, *zip(*pairs, strict=True), chunksize=chunk))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile everything, print the table, and return 1 if something fails or spills."""
+    """Compile every kernel, print the table, and return 1 if something fails or spills."""
     parser = argparse.ArgumentParser(prog="python -m kernels.build", description=main.__doc__)
     parser.add_argument("--output", type=Path, help="write the table into this file too")
+    parser.add_argument(
+        "--arch",
+        choices=[*ARCHITECTURES, "card"],
+        help="for this architecture only; all by default",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     asked = parser.parse_args(arguments)
     try:
-        text = table(rows := build_all(VARIANTS), compiler_version())
+        arch = _card() if asked.arch == "card" else asked.arch
+        pairs = [
+            (variant, found)
+            for variant in variants()
+            for found in variant.architectures
+            if arch in (None, found)
+        ]
+        text = table(rows := build_all(pairs, max(1, asked.jobs)), compiler_version())
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
@@ -267,10 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.output.write_text(text, encoding="utf-8")
     for row in rows:
         if not row.sound:
-            print(row.error or f"{row.function} spills for {row.arch}", file=sys.stderr)
+            problem = row.error or f"{row.function} spills for {row.arch} with {row.shown}"
+            print(problem, file=sys.stderr)
     if not rows:
-        print("kernels.variants names no kernel", file=sys.stderr)
+        print(f"there is no kernel for {arch}", file=sys.stderr)
     return 0 if rows and all(row.sound for row in rows) else 1
+
+
+def _card() -> str:
+    """Return the architecture of the card torch is on."""
+    if not torch.cuda.is_available():
+        raise ConfigError("--arch card needs a CUDA card, and torch sees none")
+    return architecture(torch.cuda.get_device_capability())
 
 
 if __name__ == "__main__":

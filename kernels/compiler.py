@@ -22,6 +22,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from kernels.errors import ConfigError
@@ -129,6 +130,20 @@ def compiler_version() -> str:
     wheel = _distribution(COMPILER_WHEELS)
     patch = f" ({wheel.metadata['Name']} {wheel.version})" if wheel else ""
     return f"NVRTC {major}.{minor}{patch}"
+
+
+@cache
+def unavailable() -> str | None:
+    """Return why nothing can be compiled here, None where it can; touches no card."""
+    try:
+        importlib.import_module("cuda.core")
+        compiler_version()
+        find_headers()
+    except ImportError as error:
+        return f"kernels for CUDA are compiled through cuda-core: install it ({error})"
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def find_headers() -> Headers:

@@ -36,6 +36,7 @@ class PanelLinear(nn.Module):
     """
 
     kernel = "quantbench::panel_linear (C)"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     order: Order = PAIRS
 
     @classmethod

@@ -17,7 +17,20 @@ DECODE_TOKENS = 8
 BATCH_TOKENS = 64
 """Most tokens of batch.cu; prefill.cu has the rest."""
 
+W8A8_TOKENS = 16
+"""Most tokens of w8a8.cu; torch._int_mm, which takes no fewer than 17, has the rest."""
+
+W8A8_STEP = 64
+"""Inputs of a step of w8a8.cu."""
+
+VENDOR_TOKENS = 1024
+"""From so many tokens on, dequantizing and the vendor's GEMM are faster than prefill.cu."""
+
 MOST_STAGES = 4
+
+SHARED_BYTES = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+"""KiB of shared memory that a block may ask for (CUDA C++ Programming Guide, technical
+specifications); a card that is not here is taken to have the least."""
 
 FEATURES = 128
 """Rows of y that a block of batch.cu or prefill.cu makes."""
@@ -25,8 +38,24 @@ FEATURES = 128
 WAVES = 2
 """Blocks a multiprocessor should get: fewer leave it idle, more repeat the staging of x."""
 
+MOST_PROCESSORS = 1024
+"""More multiprocessors than any card has."""
+
 DECODE_SHARED = 48 * 1024
 """What every card gives a block without being asked; two or more such blocks fit everywhere."""
+
+
+def shared_limit(architecture: str) -> int:
+    """Return the bytes of shared memory that a block may have on `sm_90` and the like."""
+    return SHARED_BYTES.get(architecture, min(SHARED_BYTES.values())) * 1024
+
+
+def most_counters(shape: tuple[int, int]) -> int:
+    """Return the counters that any launch for `shape` (out, in) needs whose K is split.
+
+    A decode block has at least 16 rows; tiles are split only where they are fewer than processors.
+    """
+    return max(padded_shape(*shape)[0] // ROWS, MOST_PROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,27 @@ def tile_plan(
 
 
 def w8a8_shared(m: int, columns: int) -> int:
-    """Return the shared memory of a block of w8a8 over `columns` inputs, in bytes."""
-    tokens = DECODE_TOKENS if m <= DECODE_TOKENS else 2 * DECODE_TOKENS
-    return m * (columns + 32) + WARPS * ROWS * tokens * 4 + 16
+    """Return the shared memory of a block of w8a8.cu over `columns` inputs, in bytes."""
+    tokens = DECODE_TOKENS if m <= DECODE_TOKENS else W8A8_TOKENS
+    stride = columns + W8A8_STEP - columns % (2 * W8A8_STEP)
+    return m * stride + WARPS * ROWS * tokens * 4 + 16
+
+
+def w8a8_plan(shape: tuple[int, int], m: int, processors: int) -> Plan:
+    """Return the launch of w8a8.cu for `shape` (out, stored columns) and up to 16 tokens."""
+    rows, columns = shape
+    blocks, steps = -(-rows // ROWS), -(-columns // W8A8_STEP)
+    splits = min(max(1, WAVES * processors // blocks), max(1, steps // WARPS))
+
+    def shared(parts: int) -> int:
+        return w8a8_shared(m, -(-steps // parts) * W8A8_STEP)
+
+    while splits < steps and shared(splits) > DECODE_SHARED:
+        splits += 1
+    return Plan(
+        defines={"TOKEN_TILES": 1 if m <= DECODE_TOKENS else 2},
+        grid=(blocks, splits),
+        shared_bytes=shared(splits),
+        partial=splits * m * blocks * ROWS if splits > 1 else 0,
+        arrived=blocks,
+    )

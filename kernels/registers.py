@@ -8,7 +8,7 @@ static part; what a launch asks for beyond it is no property of the code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -18,6 +18,9 @@ STACK = re.compile(
 )
 REGISTERS = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+
+FAMILY = ("BITS", "TILES", "TOKEN_TILES", "SYMMETRIC")
+"""Defines that decide the size of a kernel; kernels alike in these share a line of the table."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Row:
 
     file: str
     function: str
-    defines: str
+    defines: Mapping[str, int | str]
     arch: str
     resources: Resources | None
     error: str = ""
@@ -84,26 +87,52 @@ class Row:
         """Whether the kernel compiled and spills nothing."""
         return self.resources is not None and not self.resources.spills
 
+    @property
+    def shown(self) -> str:
+        """Defines in one line."""
+        return " ".join(f"{key}={value}" for key, value in self.defines.items())
 
-def table(rows: Iterable[Row], compiler: str) -> str:
-    """Return the rows as Markdown, under the compiler that made them."""
+    @property
+    def family(self) -> tuple[str, str]:
+        """Kernel and those defines that a line of the table has of its own."""
+        own = (f"{key}={self.defines[key]}" for key in FAMILY if key in self.defines)
+        return f"{self.file}: {self.function}", " ".join(own)
+
+
+def table(rows: Sequence[Row], compiler: str) -> str:
+    """Return the rows as Markdown, least and most of each family, under what compiled them."""
+    architectures = sorted({row.arch for row in rows}, key=lambda arch: int(arch.strip("sm_a")))
+    families: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row)
+    unsound = [row for row in rows if not row.sound]
+    stack = sum(1 for row in rows if row.resources and row.resources.stack_bytes)
     lines = [
         "# Registers of the kernels",
         "",
-        f"Compiled by {compiler}, on no card; `python -m kernels.build` writes this table. Shared",
-        "memory is static; stack and spills are bytes of a thread.",
+        f"Compiled by {compiler}, on no card;",
+        "`python -m kernels.build --output FILE` writes this table.",
         "",
-        "| file | kernel | defines | architecture | registers | shared | stack | spills |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        f"{len(rows)} kernels, each for one architecture: {len(unsound)} fail or spill, {stack}",
+        "use a stack. A line has the least and the most registers of a thread over all groups,",
+        "zero points, types and depths of pipelines, and how many of these there are.",
+        "",
+        f"| kernel | defines | variants | {' | '.join(architectures)} |",
+        f"|---|---|---:|{'---|' * len(architectures)}",
     ]
-    for row in rows:
-        names = f"| {row.file} | {row.function} | {row.defines} | {row.arch} |"
-        found = row.resources
-        if found is None:
-            lines.append(f"{names} failed | | | |")
-            continue
-        spilled = found.spill_stores_bytes + found.spill_loads_bytes
-        lines.append(
-            f"{names} {found.registers} | {found.shared_bytes} | {found.stack_bytes} | {spilled} |"
-        )
+    for (name, defines), family in families.items():
+        cells = [_range([row for row in family if row.arch == arch]) for arch in architectures]
+        count = len({row.shown for row in family})
+        lines.append(f"| {name} | {defines} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _range(rows: Sequence[Row]) -> str:
+    """Return least and most registers; what fails or spills stands before them."""
+    used = sorted(row.resources.registers for row in rows if row.resources is not None)
+    failed, spilling = len(rows) - len(used), sum(bool(r.resources and not r.sound) for r in rows)
+    parts = [f"{failed} failed"] if failed else []
+    parts += [f"{spilling} spill"] if spilling else []
+    if used:
+        parts.append(str(used[0]) if used[0] == used[-1] else f"{used[0]}-{used[-1]}")
+    return ", ".join(parts)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kernels import aten, cpu
+from kernels import aten, cpu, gpu
 from kernels.decode_step import Weights
 from kernels.errors import ConfigError
 from kernels.ops import packed_linear
@@ -24,6 +24,9 @@ from methods.affine import SCALE_DTYPES, Affine, Quantized
 from methods.base import Hardware, KernelUse, Matrix
 
 Kind = Literal["linear", "embedding", "experts"]
+
+FINDERS = {"cpu": cpu.linear_of, "cuda": gpu.linear_of}
+"""Device -> what returns the packed linear map of so many bits there, or None and why."""
 
 KERNEL_DTYPE = str(aten.DTYPE).removeprefix("torch.")
 
@@ -189,7 +192,7 @@ class QuantizedModule(nn.Module):
 
 def packed_kernel(
     name: str, bits: int, group_size: int, hardware: Hardware
-) -> tuple[type[cpu.Linear] | None, str]:
+) -> tuple[type[cpu.Linear] | type[gpu.PackedLinear] | None, str]:
     """Return the packed kernel for a linear map called `name`, or None; and a remark on the choice.
 
     Bits for which the hardware has no packed kernel at all are dequantized at each call: that is
@@ -200,23 +203,25 @@ def packed_kernel(
     Raises:
         ConfigError: it would be a fallback, which `hardware` does not allow.
     """
-    linear, missing = cpu.linear_of(bits) if hardware.device == "cpu" else (None, "")
+    find = FINDERS.get(hardware.device)
+    linear, missing = find(bits) if find else (None, "")
     if linear is None:
         remark = f"no packed kernel for {bits} bits on {hardware.device}"
         return None, f"{remark}: {missing}" if missing else remark
     refusal = linear.refusal(group_size)
-    own_type = linear in cpu.WITHOUT_COMPILER.values() and hardware.compute_dtype != KERNEL_DTYPE
-    if refusal is None and not own_type:
+    types = [str(dtype).removeprefix("torch.") for dtype in linear.dtypes]
+    rounds = hardware.compute_dtype not in types
+    if refusal is None and not rounds:
         return linear, missing
     if not hardware.allow_fallback:
-        cause = refusal or f"computes in {KERNEL_DTYPE}, not in {hardware.compute_dtype}"
+        cause = refusal or f"computes in {' or '.join(types)}, not in {hardware.compute_dtype}"
         change = "group_size" if refusal else "hardware.compute_dtype"
         raise ConfigError(
             f"{name}: {linear.kernel} {cause}, and hardware.allow_fallback is false; "
             f"choose another {change} or set hardware.allow_fallback=true"
         )
     if refusal is None:
-        return linear, f"{KERNEL_DTYPE} activations; {missing}"
+        return linear, "; ".join(filter(None, (f"{KERNEL_DTYPE} activations", missing)))
     return None, f"{linear.kernel} {refusal}"
 
 
@@ -249,9 +254,9 @@ class QuantizedLinear(QuantizedModule):
             codes, scale, zero_point = self.stored()
             bits, group_size = self.layout.bits, self.layout.group_size
             y: Tensor = packed_linear(x, codes, scale, zero_point, self.bias, bits, group_size)
-            return y
-        y = self.linear(x)
-        return y if self.bias is None else y.add_(self.bias)
+        else:
+            y = self.linear(x, self.bias)
+        return y
 
     def in_c(self, dtype: torch.dtype) -> Weights | str:
         """Return the matrix for a C caller with activations of `dtype`, or why there is none."""

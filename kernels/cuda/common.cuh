@@ -21,10 +21,10 @@ QB_DEVICE void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d += a * b; m16n8k32, unsigned bytes times signed ones, int32 sums.
+// d += a * b; m16n8k32, signed bytes, int32 sums.
 QB_DEVICE void mma_bytes(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -135,6 +135,17 @@ QB_DEVICE int bf16_shift(unsigned magnitude) {
   return shift > 100 ? 100 : shift;
 }
 QB_DEVICE float power_of_two(int exponent) { return bits_to_float((unsigned)(exponent + 127) << 23); }
+
+QB_DEVICE unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+
+// The largest of 16 neighbouring lanes, in all of them: one atomic for 16, which would come one after
+// another. All 32 lanes of the warp have to be here.
+QB_DEVICE unsigned largest_of_16(unsigned v) {
+#pragma unroll
+  for (int mask = 1; mask < 16; mask *= 2)
+    v = larger(v, float_to_bits(shuffle_xor(bits_to_float(v), mask)));
+  return v;
+}
 
 // Where part `i` of `parts` begins when `total` things are dealt out evenly and in order.
 QB_DEVICE int part_begin(int total, int parts, int i) { return (int)((long long)total * i / parts); }

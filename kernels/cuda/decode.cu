@@ -12,14 +12,16 @@
 // Sums are fp32, in a fixed order: over k in the mma, over warps, over blocks (the last to finish).
 #include "decode_inputs.cuh"
 
-// Registers of a lane that hold what is in flight and the sums; with what addresses take, fewer than
-// 64 of them leave room for two blocks on a multiprocessor, which matters more than depth.
+// Registers of a lane that hold what is in flight and the sums; with what addresses and unpacking
+// take, fewer than 56 of them leave room for two blocks on a multiprocessor, which matters more than
+// depth (with 57 the assembler spills for some formats). At the least depth up to 63 have room.
 QB_DEVICE constexpr int held(int deep) {
   return TILES * (deep * kWords + deep / kTilesPerStep * (2 + ZEROS) * kGroupsPerStep / 2 + 8);
 }
 QB_DEVICE constexpr int deepest() {
-  int deep = 8 / TILES > kTilesPerStep ? 8 / TILES : kTilesPerStep;
-  while (deep > kTilesPerStep && held(deep) >= 64) deep -= kTilesPerStep;
+  const int most = BITS == 3 ? 4 : 8;  // unpacking 3 bits takes more registers, and its tiles are large
+  int deep = most / TILES > kTilesPerStep ? most / TILES : kTilesPerStep;
+  while (deep > kTilesPerStep && held(deep) >= 56) deep -= kTilesPerStep;
   return deep;
 }
 constexpr int kDeep = deepest();  // k-tiles in flight, whole steps
@@ -27,8 +29,8 @@ constexpr int kDeep = deepest();  // k-tiles in flight, whole steps
 // What a lane has in flight: one k-tile of each row tile, and at the head of a step its scales.
 struct Slot {
   unsigned words[TILES][kWords];
-  unsigned scale[TILES][kGroupsPerStep];           // of rows g and g + 8
-  unsigned short zeros[TILES][kGroupsPerStep + 1];  // likewise; one more so that pairs can be stored
+  unsigned scale[TILES][kGroupsPerStep];            // of rows g and g + 8
+  unsigned zeros[TILES][(kGroupsPerStep + 1) / 2];  // likewise as bytes, so two groups a word
 };
 
 // Where a lane reads at the beginning of a round of kDeep k-tiles: what is added to these within a
@@ -86,12 +88,12 @@ QB_DEVICE void issue_scales(const Cursor& c, Slot& slot, int r, int step) {
     slot.scale[r][kGroupsPerStep / 2] = v.z, slot.scale[r][kGroupsPerStep - 1] = v.w;
     if (ZEROS) {
       uint2 z = load((const uint2*)zeros);
-      *(unsigned*)slot.zeros[r] = z.x, *(unsigned*)(slot.zeros[r] + kGroupsPerStep / 2) = z.y;
+      slot.zeros[r][0] = z.x, slot.zeros[r][kGroupsPerStep / 4] = z.y;
     }
   } else if (kGroupsPerStep == 2) {
     uint2 v = load((const uint2*)scale);
     slot.scale[r][0] = v.x, slot.scale[r][kGroupsPerStep - 1] = v.y;
-    if (ZEROS) *(unsigned*)slot.zeros[r] = load((const unsigned*)zeros);
+    if (ZEROS) slot.zeros[r][0] = load((const unsigned*)zeros);
   } else {
     slot.scale[r][0] = load((const unsigned*)scale);
     if (ZEROS) slot.zeros[r][0] = load((const unsigned short*)zeros);
@@ -121,7 +123,10 @@ QB_DEVICE void close_group(const Slot& head, int r, int q, float2 sum, const flo
   float scale[2] = {half_to_float((unsigned short)head.scale[r][q]),
                     half_to_float((unsigned short)(head.scale[r][q] >> 16))};
   float zero[2] = {};
-  if (ZEROS) zero[0] = (float)(head.zeros[r][q] & 255), zero[1] = (float)(head.zeros[r][q] >> 8);
+  if (ZEROS) {
+    unsigned pair = head.zeros[r][q / 2] >> 16 * (q % 2);
+    zero[0] = (float)(pair & 255), zero[1] = (float)(pair >> 8 & 255);
+  }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     float centred = ZEROS ? group[j] - zero[j / 2] * (j % 2 ? sum.y : sum.x) : group[j];
@@ -188,7 +193,7 @@ QB_DEVICE float block_sum(const Problem& p, const Shared& s, int row, int token)
   int global = blockIdx.x * kRows + row;
   if (GROUP == 0 && ZEROS)
     sum -= s.total[token] * (float)load(p.zeros + (global / 16 * 8 + row % 8) * 2 + row % 16 / 8);
-  return sum * load(p.row_scale + global) * s.unscale[token];
+  return global < p.n ? sum * load(p.row_scale + global) * s.unscale[token] : 0.f;
 }
 
 QB_DEVICE void write(const Problem& p, int row, int token, float value) {

@@ -18,7 +18,7 @@ struct Problem {
   const unsigned char* words;   // the layout of fragments.py
   const unsigned short* scale;  // fp16
   const unsigned char* zeros;
-  const float* row_scale;       // [n_padded]
+  const float* row_scale;       // [n] or more
   const unsigned short* bias;   // [n] or null
   unsigned short* y;            // [m, n]
   float* partial;               // [splits, m, n_padded], where there is more than one split
@@ -71,17 +71,18 @@ QB_DEVICE void load_inputs(const Problem& p, int token, int c, unsigned (&raw)[4
 
 // Finds the largest |x| of each token in the block's range; bits of magnitudes sort as integers.
 QB_DEVICE void find_largest(const Problem& p, const Shared& s, int first, int columns) {
-  int per_row = columns / 8;
-  for (int v = threadIdx.x; v < p.m * per_row; v += kThreads) {
-    unsigned raw[4], most = 0;
-    load_inputs(p, v / per_row, first + v % per_row * 8, raw);
+  int per_row = columns / 8, all = p.m * per_row;  // 16 neighbouring threads are of one token
+  for (int begin = 0; begin < all; begin += kThreads) {
+    int v = begin + threadIdx.x;
+    unsigned raw[4] = {}, most = 0;
+    if (v < all) load_inputs(p, v / per_row, first + v % per_row * 8, raw);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      unsigned low = raw[j] & 0x7fffu, high = raw[j] >> 16 & 0x7fffu;
-      most = most > low ? most : low;
-      most = most > high ? most : high;
+      most = larger(most, raw[j] & 0x7fffu);
+      most = larger(most, raw[j] >> 16 & 0x7fffu);
     }
-    atomicMax(&s.largest[v / per_row], most);
+    most = largest_of_16(most);
+    if (v < all && threadIdx.x % 16 == 0) atomicMax(&s.largest[v / per_row], most);
   }
 }
 

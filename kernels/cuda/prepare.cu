@@ -16,11 +16,9 @@ prepare(const unsigned short* x, unsigned short* out, float* unscale, int k, int
   __syncthreads();
   if (DTYPE == 1) {
     unsigned most = 0;
-    for (int i = threadIdx.x; i < k; i += kThreads) {
-      unsigned magnitude = load(row + i) & 0x7fffu;
-      most = most > magnitude ? most : magnitude;
-    }
-    atomicMax(largest, most);
+    for (int i = threadIdx.x; i < k; i += kThreads) most = larger(most, load(row + i) & 0x7fffu);
+    most = largest_of_16(most);
+    if (threadIdx.x % 16 == 0) atomicMax(largest, most);
     __syncthreads();
   }
   int shift = DTYPE == 1 ? bf16_shift(*largest) : 0;

@@ -32,7 +32,7 @@ struct Problem {
   const unsigned char* words;   // the layout of fragments.py
   const unsigned short* scale;  // fp16
   const unsigned char* zeros;
-  const float* row_scale;       // [n_padded]
+  const float* row_scale;       // [n] or more
   const unsigned short* bias;   // [n] or null
   unsigned short* y;            // [m, n]
   float* partial;               // [splits, m, n_padded], where there is more than one split

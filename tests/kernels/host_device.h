@@ -149,7 +149,7 @@ static void multiply_bytes(Warp& w) {
     for (int r = 0; r < 4; ++r)
       for (int h = 0; h < 4; ++h) {
         int column = 4 * (l % 4) + h + 16 * (r / 2);
-        a[l / 4 + 8 * (r % 2)][column] = (uint8_t)(w.in[l][r] >> 8 * h);
+        a[l / 4 + 8 * (r % 2)][column] = (int8_t)(w.in[l][r] >> 8 * h);
         if (r < 2) b[4 * (l % 4) + h + 16 * r][l / 4] = (int8_t)(w.in[l][4 + r] >> 8 * h);
       }
   for (int l = 0; l < 32; ++l)

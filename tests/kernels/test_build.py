@@ -13,29 +13,23 @@ import pytest
 import torch
 
 from kernels import build, compiler
-from kernels.build import BuildError, build_all, compile_source, kernel, main, pack_arguments
-from kernels.compiler import CACHE_VARIABLE, cache_folder, compiler_version, find_headers
+from kernels.build import (
+    BuildError,
+    compile_source,
+    kernel,
+    pack_arguments,
+)
+from kernels.compiler import CACHE_VARIABLE, cache_folder
 from kernels.errors import ConfigError
-from kernels.registers import Resources, Row, parse_log, table
-from kernels.variants import ARCHITECTURES, VARIANTS, Variant
+from kernels.registers import Resources, parse_log
+from kernels.variants import ARCHITECTURES
 
 SAMPLES = Path(__file__).parent / "cuda"
 DEFINES = {"THREADS": 128}
 
 
-def refusal() -> str:
-    """Why nothing can be compiled here; empty where it can."""
-    try:
-        importlib.import_module("cuda.core")
-        compiler_version()
-        find_headers()
-    except (ImportError, ConfigError) as error:
-        return str(error)
-    return ""
-
-
-REFUSAL = refusal()
-compiling = pytest.mark.skipif(bool(REFUSAL), reason=f"no CUDA compiler: {REFUSAL}")
+REFUSAL = compiler.unavailable()
+compiling = pytest.mark.skipif(bool(REFUSAL), reason=str(REFUSAL))
 
 
 @pytest.fixture(autouse=True)
@@ -190,44 +184,6 @@ def test_without_a_compiler_there_is_one_sentence(monkeypatch: pytest.MonkeyPatc
         compile_source("sample.cu", sample(), "sm_90", DEFINES, SAMPLES)
 
 
-@compiling
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.function}-{dict(v.defines)}")
-def test_every_kernel_compiles_everywhere_and_spills_nothing(variant: Variant) -> None:
-    for row in build_all([variant]):
-        assert row.sound, row.error or f"{row.function} spills for {row.arch}: {row.resources}"
-
-
-@compiling
-def test_the_table() -> None:
-    variants = [
-        Variant("sample.cu", "reverse", DEFINES, ("sm_80", "sm_90a")),
-        Variant("sample.cu", "missing", DEFINES, ("sm_80",)),
-        Variant("sample.cu", "reverse", {}, ("sm_80",)),
-        Variant("spilling.cu", "spilling", {}, ("sm_80",)),
-    ]
-    rows = build_all(variants, SAMPLES)
-    assert [row.sound for row in rows] == [True, True, False, False, False]
-    text = table(rows, "NVRTC 13.0")
-    assert "| sample.cu | reverse | THREADS=128 | sm_90a |" in text
-    assert text.count("| failed |") == 2, text
-
-
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = Row("a.cu", "a", "", "sm_80", Resources(32, 0, 0, 0))
-    spilling = Row("b.cu", "b", "N=1", "sm_80", Resources(255, 8, 8, 0))
-    monkeypatch.setattr(build, "compiler_version", lambda: "NVRTC 13.0")
-    monkeypatch.setattr(build, "build_all", lambda variants: [good])
-    assert main(["--output", str(tmp_path / "cards" / "registers.md")]) == 0
-    assert capsys.readouterr().out == (tmp_path / "cards" / "registers.md").read_text()
-    monkeypatch.setattr(build, "build_all", lambda variants: [good, spilling])
-    assert main([]) == 1
-    assert "b spills for sm_80" in capsys.readouterr().err
-    monkeypatch.setattr(build, "build_all", lambda variants: [])
-    assert main([]) == 1, "nothing compiled is nothing shown"
-
-
 # What a launch hands over
 
 
@@ -371,4 +327,4 @@ def test_importing_compiles_nothing_and_touches_no_card() -> None:
 
 def test_the_card_decides_the_architecture() -> None:
     assert build.architecture((8, 6)) == "sm_86"
-    assert build.architecture((9, 0)) == "sm_90a"
+    assert build.architecture((9, 0)) == "sm_90"

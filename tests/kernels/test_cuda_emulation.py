@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import plans
-from kernels.fragments import STEP, Fragments, pack_fragments, padded_shape
+from kernels.fragments import STEP, Fragments, pack_fragments
 from kernels.pack import pack
 from methods.affine import Affine, quantize
 from tests.kernels.emulate import Emulated
@@ -330,49 +330,3 @@ def test_quantize_is_the_method_bit_for_bit(
     assert torch.equal(packed, pack(expected.codes, bits))
     if expected.zero_point is not None:
         assert torch.equal(zeros, expected.zero_point)
-
-
-@pytest.mark.parametrize(
-    ("zeros", "dtype", "m", "splits"),
-    [(False, torch.float16, 3, 1), (True, torch.bfloat16, 16, 3)],
-)
-def test_int8_activations(
-    folder: Path, zeros: bool, dtype: torch.dtype, m: int, splits: int
-) -> None:
-    case = Case.random(8, 0, zeros, dtype, (m, 50, 1111))
-    packed, (rows, columns) = case.packed, padded_shape(50, 1111)
-    tiles = 1 if m <= 8 else 2
-    defines = {"ZEROS": int(zeros), "DTYPE": DTYPES[dtype], "TOKEN_TILES": tiles}
-    codes, scale = torch.full((m, columns), 99, dtype=torch.int8), nan(m)
-    sums, y = torch.zeros(m, dtype=torch.int32), nan(m, 50, dtype=dtype)
-    quantizer = Emulated(folder, "w8a8.cu", "quantize_tokens", defines)
-    quantizer.launch((m,), plans.THREADS, 16, case.x, codes, scale, sums, 1111, columns)
-    step = case.x.float().abs().amax(-1, keepdim=True) / 127
-    restored = codes[:, :1111] * step
-    assert torch.equal(codes[:, :1111], (case.x.float() / step).round().to(torch.int8))
-    assert not codes[:, 1111:].any()
-    partial = torch.zeros((splits, m, rows), dtype=torch.int32)
-    arrived = torch.zeros(rows // 16, dtype=torch.int32)
-    Emulated(folder, "w8a8.cu", "w8a8", defines).launch(
-        (rows // 16, splits),
-        plans.THREADS,
-        plans.w8a8_shared(m, -(-columns // STEP // splits) * STEP),
-        codes,
-        scale,
-        sums,
-        packed.words,
-        packed.zero_point,
-        packed.row_scale,
-        case.bias,
-        y,
-        partial,
-        arrived,
-        m,
-        50,
-        columns,
-    )
-    assert case.bias is not None
-    generator_codes, _, _ = random_matrix(50, 1111, 8, -1, zeros)
-    weight = dense(generator_codes, *random_matrix(50, 1111, 8, -1, zeros)[1:], 8, -1)
-    case.expected = restored.double() @ weight.double().T + case.bias.double()
-    case.check(y, SUMS)

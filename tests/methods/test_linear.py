@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import host_build
+from kernels import compiler, host_build
 from kernels.errors import ConfigError
 from kernels.host_build import unavailable
 from methods.affine import Affine, dequantize, quantize
 from methods.base import Matrix, Role
-from methods.linear import Layout, QuantizedEmbedding, QuantizedModule, empty, module_of
+from methods.linear import (
+    Layout,
+    QuantizedEmbedding,
+    QuantizedModule,
+    empty,
+    module_of,
+    packed_kernel,
+)
 from tests.methods.machine import Machine
 
 BITS = (8, 4, 3, 2)
@@ -234,3 +241,21 @@ def test_a_device_without_any_kernel_is_no_fallback() -> None:
     filled, _, _ = module(Affine(3, 32))
     filled.prepare("w", Machine(device="mps", allow_fallback=False))
     assert filled.use("w").execution == "dequantized"
+
+
+def test_a_card_has_kernels_that_round_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "unavailable", lambda: None)
+    linear, remark = packed_kernel("w", 3, 64, Machine("cuda", "float16", allow_fallback=False))
+    assert (getattr(linear, "kernel", None), remark) == ("quantbench::fragment_linear", "")
+    linear, remark = packed_kernel("w", 3, 64, Machine("cuda", "float32"))
+    assert (getattr(linear, "kernel", None), remark) == (
+        "quantbench::fragment_linear",
+        "bfloat16 activations",
+    )
+    with pytest.raises(ConfigError, match="computes in float16 or bfloat16, not in float32"):
+        packed_kernel("w", 3, 64, Machine("cuda", "float32", allow_fallback=False))
+    monkeypatch.setattr(compiler, "unavailable", lambda: "no NVRTC")
+    assert packed_kernel("w", 3, 64, Machine("cuda", "float16")) == (
+        None,
+        "no packed kernel for 3 bits on cuda: no NVRTC",
+    )

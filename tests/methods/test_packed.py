@@ -72,8 +72,8 @@ def test_a_fault_of_decode_alone_is_caught(
     packed, plain = method.load(tmp_path, Machine()), method.load_dequantized(tmp_path, Machine())
     whole, step = PanelLinear.forward, DecodeStep.__call__
 
-    def wrong_for_one_row(self: PanelLinear, x: Tensor) -> Tensor:
-        return whole(self, x) * (value if x.shape[1] == 1 else 1)
+    def wrong_for_one_row(self: PanelLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        return whole(self, x, bias) * (value if x.shape[1] == 1 else 1)
 
     def wrong_step(self: DecodeStep, *given: Any) -> Tensor:
         return step(self, *given) * value

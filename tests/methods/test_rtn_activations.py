@@ -176,8 +176,9 @@ class Stand(nn.Module):
             stored.columns,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return integer_linear(x, self.weight).to(x.dtype)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = integer_linear(x, self.weight).to(x.dtype)
+        return y if bias is None else y + bias
 
 
 def test_a_kernel_is_used_where_there_is_one(
