@@ -52,6 +52,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[methods,auto-round,onnx]'
+	$(BIN)/python -m kernels.host_build
 	touch $@
 
 # llama.cpp is built from source: some five minutes on two cores, once (pip keeps the wheel).

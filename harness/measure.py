@@ -93,6 +93,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
     progress.details["runtime"] = engine.runtime
     progress.details["decoding"] = decoding(engine)
+    progress.details["kernel_choices"] = getattr(engine, "choices", [])
     progress.details["notes"] += getattr(engine, "notes", ())
     _describe_kernels(progress, engine.kernels())
     context = _context(job, hardware, progress)

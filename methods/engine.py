@@ -91,6 +91,16 @@ class TorchEngine:
         return f"{BY_MODEL}: {self._remark}" if self._remark else BY_MODEL
 
     @property
+    def choices(self) -> list[dict[str, Any]]:
+        """What was measured to choose kernels by the number of tokens, once for each shape."""
+        found: list[dict[str, Any]] = []
+        for module in self.model.modules():
+            choice = getattr(module, "choice", None)
+            if choice and choice not in found:
+                found.append(choice)
+        return found
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """Everything but serving; no fork where a layer keeps more than keys and values."""
         return CAPABILITIES if self._forks else CAPABILITIES - {"fork"}

@@ -243,9 +243,12 @@ class QuantizedLinear(QuantizedModule):
         self.linear = linear(
             Stored(codes, scale, zero_point, layout.bits, layout.group_size, layout.in_features)
         )
+        self._kernel = linear.kernel
         if isinstance(self.linear, cpu.PanelLinear):
             self.linear.choose(self.dtype)
-        self._kernel = linear.kernel
+            first = self.linear.choice.get("library_from")
+            if first is not None:
+                self._kernel += f", from {first} tokens dequantized for torch's GEMM"
         self.packed = self.scale = self.zero_point = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -142,3 +142,16 @@ def test_openmp_is_the_one_torch_has() -> None:
     command = [sys.executable, "-c", LOADED]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "1\n"
+
+
+def test_the_command_says_what_came_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host_build, "unavailable", lambda: None)
+    assert host_build.main() == 0
+    monkeypatch.setattr(host_build, "unavailable", lambda: "there is no `cc`")
+    assert host_build.main() == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "C kernels: built for this processor",
+        "C kernels: not built, there is no `cc`",
+    ]

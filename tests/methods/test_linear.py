@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import compiler, host_build
+from kernels import choice, compiler, host_build
 from kernels.errors import ConfigError
 from kernels.host_build import unavailable
 from methods.affine import Affine, dequantize, quantize
 from methods.base import Matrix, Role
+from methods.engine import TorchEngine
 from methods.linear import (
     Layout,
     QuantizedEmbedding,
@@ -22,6 +23,7 @@ from methods.linear import (
     module_of,
     packed_kernel,
 )
+from tests.architectures import tiny
 from tests.methods.machine import Machine
 
 BITS = (8, 4, 3, 2)
@@ -259,3 +261,18 @@ def test_a_card_has_kernels_that_round_float32(monkeypatch: pytest.MonkeyPatch) 
         None,
         "no packed kernel for 3 bits on cuda: no NVRTC",
     )
+
+
+def test_where_the_library_multiplies_many_tokens_the_provenance_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = {"library_from": 64, "seconds": {}}
+    monkeypatch.setattr(choice, "choose", lambda matrix, dtype: measured)
+    filled, _, _ = module(Affine(4, 32))
+    filled.prepare("w", Machine())
+    kernel = "quantbench::panel_linear (C), from 64 tokens dequantized for torch's GEMM"
+    assert filled.use("w").kernel == kernel
+    engine = TorchEngine(tiny("llama"), "cpu", [])
+    assert engine.choices == []
+    engine.model.quantized = torch.nn.ModuleList([filled, filled])
+    assert engine.choices == [measured]
