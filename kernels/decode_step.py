@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.host_build import library
-from kernels.host_linear import Matrix, activation_of
+from kernels.host_linear import INT8, Matrix, activation_of
 
 ALIGNMENT = 64
 KINDS = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
@@ -132,6 +132,9 @@ def dense(weight: Tensor, bias: Tensor | None) -> Weights:
 class DecodeStep:
     """A decoder in C: one call reads one token of each sequence of a batch.
 
+    Attributes:
+        rounds_activations: whether a matrix of its blocks reads them as int8.
+
     Raises:
         HostBuildError: the C kernels cannot be built on this machine.
     """
@@ -155,6 +158,9 @@ class DecodeStep:
         self.hidden = norm.shape[0]
         self.vocabulary = head.matrix.rows
         self._keeps = (blocks, norm, head)
+        self.rounds_activations = any(
+            getattr(block, name).matrix.activation == INT8 for block in blocks for name in LINEARS
+        )
         self._blocks = (_Block * len(blocks))(*(_c_block(block) for block in blocks))
         self._model = _Model(
             blocks=len(blocks),

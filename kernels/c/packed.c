@@ -16,7 +16,7 @@ enum { DIRECT = 6, SLICE = 128, HELD = 11 * TILE };
 
 /* Bytes ahead of the weights being read that are asked for, into the second cache: the processor's own prefetching ends
  * at a page of 4 KiB, however large the system's are. */
-enum { AHEAD = 8192 };
+enum { AHEAD = 12288 };
 
 /* Bytes of a prepared token: pairs of bfloat16, and sums of groups. A tile has [pair][part][token], [group][token]. */
 QB_INLINE int64_t token_bytes(const qb_matrix *m) {
