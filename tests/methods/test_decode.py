@@ -308,3 +308,18 @@ def test_packed_models_decode_in_c(
     assert plain.decoding.startswith(BY_MODEL)
     ids = tiny_ids(2, 16)
     assert difference(decoded(engine, ids, 8), decoded(plain, ids, 8)) < 0.03
+
+
+@needs_c
+def test_rounded_activations_may_flip_a_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(compute_dtype="bfloat16")
+    # Between what the types allow by themselves and what int8 codes may add to it.
+    difference = 2 * TOLERANCES[torch.bfloat16]
+    monkeypatch.setattr(decoding, "_difference", lambda model, decode: difference)
+    for activation_bits, decoder in ((8, NAME), (None, BY_MODEL)):
+        method = RTN("rtn", 8, -1, activation_bits=activation_bits)
+        folder = tmp_path / str(activation_bits)
+        method.quantize(model_of(KINDS["llama"]), None, None, folder)
+        assert method.load(folder, machine).decoding.startswith(decoder)  # type: ignore[attr-defined]
