@@ -188,6 +188,11 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(
             f"repeat is {resolved['repeat']!r}; it must be one of {', '.join(REPEATED)}"
         )
+    if not isinstance(resolved["baseline"], dict):
+        wanted = resolved["baseline"]
+        raise ConfigError(
+            f"baseline is {wanted!r}; it is chosen among the methods: method@baseline={wanted}"
+        )
     if "path" in chosen and chosen["path"] is None:
         raise ConfigError(
             f"data.source is {source!r}, which reads from a path; give it: data.path=PATH"

@@ -274,6 +274,7 @@ def test_help_names_groups_axes_and_examples() -> None:
         (["data.source=local"], "data.path"),
         (["data.source=lokal"], "data.source is 'lokal'; it must be one of embedded, local"),
         (["repeat=seeds"], "repeat is 'seeds'; it must be one of seed, calibration, none"),
+        (["baseline=bf16"], "it is chosen among the methods: method@baseline=bf16"),
         (["model=gpt2"], "model=local model.path="),
         (["hardware.threads=0"], "hardware.threads is 0"),
     ],
