@@ -18,7 +18,7 @@ from reports import protocols, stats, words
 from reports.paired import compare, said
 from reports.pareto import plane
 from reports.rows import Group, Row, kept_back, main_protocol, mapping, number, sequence
-from reports.summary import NOISY_SPREAD, noisy, one_score_a_task
+from reports.summary import NOISY_SPREAD, decodes_otherwise, noisy, one_score_a_task
 from reports.tasks import chance
 from reports.verdicts import Judged, judge
 
@@ -68,6 +68,14 @@ def warnings(group: Group) -> list[str]:
             "machine before using these speeds."
         )
     found += _about_timing(group)
+    otherwise = [row.label for row in group.rows if decodes_otherwise(row)]
+    if otherwise:
+        found.append(
+            f"{words.listed(otherwise)} and the baseline do not decode in the same way, one in "
+            "transformers and the other in compiled code (see the kernel table): the ratio of "
+            "their decode speeds is that of two runtimes, too. hardware.decode=model lets "
+            "transformers decode everything."
+        )
     found += _out_of_order(group)
     found += _at_chance(group)
     below = [row.label for row in group.rows if _below_noise_floor(row)]

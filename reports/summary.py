@@ -223,6 +223,17 @@ def compare(group: Group, row: Row, value: Value) -> str:
     return ""
 
 
+def decodes_otherwise(row: Row) -> bool:
+    """Whether a token of the row is decoded in another way than the baseline it was timed with.
+
+    In transformers, that is, where the baseline runs in compiled code, or the other way round.
+    """
+    speed = row.record.details.get("speed", {})
+    own, baseline = (str(speed.get(k) or "") for k in ("decoding", "baseline_decoding"))
+    by_model = [said.startswith("transformers") for said in (own, baseline)]
+    return bool(own and baseline) and by_model[0] != by_model[1]
+
+
 def noisy(row: Row) -> bool:
     """Whether the row's timing spread says that its speed is not to be trusted."""
     return any(value.value > NOISY_SPREAD for value in row.all_of("timing_spread"))

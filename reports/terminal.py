@@ -10,7 +10,7 @@ from harness.record import Record
 from reports import protocols, words
 from reports.gather import make_groups, make_rows
 from reports.rows import Row
-from reports.summary import Column, Table, summary_table
+from reports.summary import Column, Table, decodes_otherwise, summary_table
 
 HEADS = {
     "artefact_bytes": "size",
@@ -160,6 +160,12 @@ def _notes(
         names = ", ".join(_name(c) for c in dropped)
         legend.append(f"in the report only: {names}")
     notes += ["; ".join(legend)] if legend else []
+    otherwise = [_label(row) for row in table.rows if decodes_otherwise(row)]
+    if otherwise:
+        notes.append(
+            f"decoded in transformers where the baseline is not, or the other way round: "
+            f"{', '.join(otherwise)}"
+        )
     flagged = [
         f"{_label(row)}: noisy timing"
         for index, row in enumerate(table.rows)

@@ -145,3 +145,17 @@ def test_an_unsteady_machine_and_weights_in_caches_are_pointed_out(grid: list[Re
     found = " ".join(warnings(group_of(records)))
     assert "of fp32 and fp16 changed by more than 10 %" in found
     assert "weights of every row fit into the processor's caches" in found
+
+
+def test_rows_that_decode_otherwise_than_the_baseline_are_named(grid: list[Record]) -> None:
+    def decoding(record: Record, own: str) -> Record:
+        told = {"decoding": own, "baseline_decoding": "one C call a token"}
+        return replace(record, details={**record.details, "speed": told})
+
+    alike = [decoding(record, "one C call a token") for record in grid]
+    said = "do not decode in the same way"
+    assert not any(said in warning for warning in warnings(group_of(alike)))
+    eager = decoding(grid[5], "transformers eager: hooks")
+    (warning,) = [w for w in warnings(group_of([*alike[:5], eager, *alike[6:]])) if said in w]
+    (label,) = [row.label for row in make_rows([eager])]
+    assert warning.startswith(f"{label} and the baseline")
