@@ -29,8 +29,7 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place: the most that rounding changes an output, relatively."""
 
 SUMS = 3e-5
-"""Error of fp32 sums over offset codes, relative to the norm of the result: emulated, it is
-1.3e-5 for 4 bits and 3.6e-5 for 2."""
+"""The most that fp32 sums over offset codes may be off, relative to the norm of the result."""
 
 WEIGHTS = 2.0**-12
 """Error of weights of groups rounded to fp16, of random sign, relative to the result's norm."""
