@@ -209,12 +209,12 @@ def packed_kernel(
         remark = f"no packed kernel for {bits} bits on {hardware.device}"
         return None, f"{remark}: {missing}" if missing else remark
     refusal = linear.refusal(group_size)
-    types = [str(dtype).removeprefix("torch.") for dtype in linear.dtypes]
-    rounds = hardware.compute_dtype not in types
+    rounds = getattr(torch, hardware.compute_dtype) not in linear.dtypes
     if refusal is None and not rounds:
         return linear, missing
     if not hardware.allow_fallback:
-        cause = refusal or f"computes in {' or '.join(types)}, not in {hardware.compute_dtype}"
+        types = " or ".join(str(dtype).removeprefix("torch.") for dtype in linear.dtypes)
+        cause = refusal or f"computes in {types}, not in {hardware.compute_dtype}"
         change = "group_size" if refusal else "hardware.compute_dtype"
         raise ConfigError(
             f"{name}: {linear.kernel} {cause}, and hardware.allow_fallback is false; "

@@ -10,13 +10,15 @@ group the product is a sum of integers; the scales of groups and of the token ar
 stored weight to a kernel that multiplies integers. A token's result does not depend on others.
 
 A kernel is a class built from a `kernels.stored.Stored`, as those of `methods.linear` are. It has
-`kernel` (its name), `refusal(group_size)`, and a `forward(x)` that rounds x itself.
+`kernel` (its name), `dtypes` (of activations it reads as they are), `refusal(group_size)`, and a
+`forward(x)` that rounds x itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,7 +62,7 @@ def integer_kernel(
     refusal, change = linear.refusal(group_size), "group_size"
     if refusal is None and hardware.device != "cpu" and not symmetric:
         refusal, change = "takes no zero points", "method.symmetric"
-    narrow = hardware.device != "cpu" and hardware.compute_dtype == "float32"
+    narrow = getattr(torch, hardware.compute_dtype) not in linear.dtypes
     if refusal is None and not narrow:
         return linear, ""
     if not hardware.allow_fallback:

@@ -160,6 +160,7 @@ class Stand(nn.Module):
     """A kernel that takes groups of 32."""
 
     kernel = "stand"
+    dtypes = (torch.float32,)
 
     @staticmethod
     def refusal(group_size: int) -> str | None:
