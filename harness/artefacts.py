@@ -16,7 +16,7 @@ from typing import Any
 from harness.record import digest
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 1 << 20
 
 
@@ -39,6 +39,7 @@ class Manifest:
         model: facts of the unquantized model (parameters, architecture, tied embeddings).
         calibration: what was calibrated on; None without calibration.
         unquantized: the floating type of all weights where nothing was quantized, else None.
+        details: what the method says of its work beside that, as JSON.
     """
 
     files: dict[str, dict[str, Any]]
@@ -54,7 +55,13 @@ class Manifest:
     model: dict[str, Any]
     calibration: dict[str, Any] | None
     unquantized: str | None
+    details: dict[str, Any]
     format: int = FORMAT
+
+
+def training_state(artefact: Path) -> Path:
+    """Return the folder where a method that trains keeps what an ended attempt has reached."""
+    return artefact.with_name(f"{artefact.name}.training")
 
 
 def file_facts(folder: Path) -> dict[str, dict[str, Any]]:

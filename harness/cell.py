@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import identity
-from harness.artefacts import ArtefactError, verify
+from harness.artefacts import ArtefactError, training_state, verify
 from harness.claim import claim
 from harness.hardware import Hardware, describe
 from harness.launch import EXIT_REFERENCE_MISSING, Outcome, Stage, run_child
@@ -75,13 +75,17 @@ class Cell:
     @property
     def title(self) -> str:
         """The cell as a progress line names it."""
-        method = self.config["method"]
-        bits = f" {method['bits']} bits" if method.get("bits") is not None else ""
-        size = method.get("group_size")
-        group = "" if size is None else " per channel" if size == -1 else f" group {size}"
-        if method.get("per_tensor"):
-            group = " per tensor"
-        return f"{self.config['model']['name']} {method['name']}{bits}{group}"
+        job = self.config["job"]["name"]
+        kind = "" if job == "cell" else f"{job} "
+        return f"{kind}{self.config['model']['name']} {_method_title(self.config['method'])}"
+
+    @property
+    def child(self) -> str | None:
+        """The one child that does everything, as `module:function`; None: the way of a row."""
+        if self.config["suite"].get("size_only"):
+            return "harness.sizes:main"
+        child: str | None = self.config["job"].get("child")
+        return child
 
     def artefact(self, key: str) -> Path:
         """Return the folder of an artefact."""
@@ -98,6 +102,7 @@ class Cell:
         """Return the axes and identities for the record."""
         method = self.config["method"]
         return {
+            "job": self.config["job"]["name"],
             "model": self.config["model"]["name"],
             "method": method["name"],
             "bits": method.get("bits"),
@@ -112,6 +117,18 @@ class Cell:
             "random_weights": self.random_weights,
             "resolved": self.config,
         }
+
+
+def _method_title(method: dict[str, Any]) -> str:
+    bits = f" {method['bits']} bits" if method.get("bits") is not None else ""
+    size = method.get("group_size")
+    group = "" if size is None else " per channel" if size == -1 else f" group {size}"
+    if method.get("per_tensor"):
+        group = " per tensor"
+    # A method may hand its model on to another.
+    then = method.get("then")
+    rest = f", then {_method_title(then)}" if then else ""
+    return f"{method['name']}{bits}{group}{rest}"
 
 
 def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
@@ -142,7 +159,7 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         resolved["model"]["reference"] = f"{reference['id']}@{reference['commit']}"
 
     def key_of(node: dict[str, Any]) -> str:
-        shown = node.get("calibration") and not size_only
+        shown = identity.calibrates(node) and not size_only
         calibration = data.calibration_digest() if shown else None
         return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
 
@@ -176,9 +193,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         chosen: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
             config.data[source], resolve=True
         )
-        rest = OmegaConf.masked_copy(
-            config, [str(key) for key in config if key not in ("data", "job")]
-        )
+        rest = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
         resolved: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
             rest, resolve=True, throw_on_missing=True
         )
@@ -229,7 +244,9 @@ def run_cell(cell: Cell, stage: Stage) -> str:
         if cell.finished() and (waited or not cell.config["force"]):
             return "there"
         if cell.config["force"]:
-            shutil.rmtree(cell.artefact(cell.artefact_key), ignore_errors=True)
+            artefact = cell.artefact(cell.artefact_key)
+            for folder in (artefact, training_state(artefact)):
+                shutil.rmtree(folder, ignore_errors=True)
         for name in (FILE_NAME, SAMPLES):
             (cell.folder / name).unlink(missing_ok=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -243,8 +260,8 @@ def run_cell(cell: Cell, stage: Stage) -> str:
 def _run_stages(cell: Cell, stage: Stage) -> Failure | None:
     """Make what is missing, then measure; return the failure of the first stage that failed."""
     hardware: Hardware = instantiate(cell.config["hardware"])
-    if cell.config["suite"].get("size_only"):
-        return run_child("harness.sizes:main", _job(cell), cell.folder, hardware, stage).failure
+    if cell.child is not None:
+        return run_child(cell.child, _job(cell), cell.folder, hardware, stage).failure
     if _wants_baseline(cell):
         failure = _ensure_artefact(cell, "baseline", cell.baseline_key, hardware, stage)
         if failure is not None:

@@ -127,7 +127,7 @@ def artefact_key(
             "method": method,
             "calibration": calibration,
             "seed": seed,
-            **_versions("harness.quantize", method["_target_"]),
+            **_versions("harness.quantize", *targets(method)),
         }
     )
 
@@ -141,12 +141,13 @@ def cell_key(
 ) -> str:
     """Return the key of the cell that measures `artefact` as `config` says.
 
-    `evaluation` is the text's digest; `tasks` what `harness.task_identity` found, and where that
-    is nothing the key is that of a cell without tasks.
+    `evaluation` is the text's digest; `tasks` what `harness.task_identity` found, and where that is
+    nothing the key is that of a cell without tasks. A job of one child counts by its own module.
     """
     return digest(
         {
             **({"tasks": list(tasks)} if tasks else {}),
+            "job": {key: config["job"].get(key) for key in ("child", "options")},
             "artefact": artefact,
             "baseline": baseline,
             "hardware": _hardware(config),
@@ -161,8 +162,27 @@ def cell_key(
 
 def _measuring(config: dict[str, Any]) -> list[str]:
     """Return the modules that measure a cell: those that load its methods included."""
-    methods = [config["method"]["_target_"], config["baseline"]["_target_"]]
-    return ["harness.measure", "harness.sizes", *methods, *_measures(config)]
+    methods = [*targets(config["method"]), *targets(config["baseline"])]
+    child = config["job"].get("child")
+    jobs = [child.partition(":")[0]] if child else []
+    return ["harness.measure", "harness.sizes", *jobs, *methods, *_measures(config)]
+
+
+def calibrates(node: Any) -> bool:
+    """Whether a node, or one in it, is shown calibration text."""
+    if isinstance(node, Mapping):
+        return bool(node.get("calibration")) or any(calibrates(value) for value in node.values())
+    return isinstance(node, list) and any(calibrates(value) for value in node)
+
+
+def targets(node: Any) -> list[str]:
+    """Return what a node and the nodes in it instantiate: methods are made of methods."""
+    if isinstance(node, Mapping):
+        own = [node["_target_"]] if "_target_" in node else []
+        return own + [found for value in node.values() for found in targets(value)]
+    if isinstance(node, list):
+        return [found for value in node for found in targets(value)]
+    return []
 
 
 def _versions(*modules: str) -> dict[str, Any]:
@@ -197,11 +217,16 @@ def _hardware(config: dict[str, Any]) -> dict[str, Any]:
 
 def cell_id(config: dict[str, Any], key: str) -> str:
     """Return the folder name of a cell: readable axes and the start of its key."""
-    method = config["method"]
-    parts = [config["model"]["name"], method["name"]]
-    if method.get("bits") is not None:
-        parts.append(f"{method['bits']}b")
-    if method.get("group_size") is not None:
-        parts.append("perchannel" if method["group_size"] == -1 else f"g{method['group_size']}")
+    job = config["job"]["name"]
+    parts = [] if job == "cell" else [job]
+    parts.append(config["model"]["name"])
+    method: Mapping[str, Any] | None = config["method"]
+    while method:
+        parts.append(method["name"])
+        if method.get("bits") is not None:
+            parts.append(f"{method['bits']}b")
+        if method.get("group_size") is not None:
+            parts.append("perchannel" if method["group_size"] == -1 else f"g{method['group_size']}")
+        method = method.get("then")
     parts += [config["hardware"]["name"], config["suite"]["name"], key[:KEY_LENGTH]]
     return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip(".") or "_" for part in parts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -20,9 +22,16 @@ from kernels.errors import ConfigError
 
 @dataclass(frozen=True)
 class CellJob:
-    """Quantize, load, measure: one row of the table."""
+    """Quantize, load, measure: one row of the table.
+
+    Attributes:
+        child: another job of one child process (`module:function`), whose record is no row.
+        options: what that child reads in its configuration, under `job.options`.
+    """
 
     name: str
+    child: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, config: DictConfig) -> str:
         """Run the cell of `config`; alone, also the baseline's cell that it is compared with."""
@@ -35,7 +44,7 @@ class CellJob:
             folder = Path(hydra.run.dir).absolute()
             cells = [cell]
             # A quantized checkpoint without its original has nothing to be compared with.
-            if cell.has_reference:
+            if cell.has_reference and cell.child is None:
                 baseline = _baseline_cell(config, overrides)
                 cells = [baseline, cell] if baseline.id != cell.id else cells
             plan_cells(cells, folder)

@@ -205,6 +205,7 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
     }
     progress.details["model"] = {**manifest.model, **progress.job["model_identity"]}
     progress.details["unquantized"] = manifest.unquantized
+    progress.details["method"] = manifest.details
     progress.details["calibration"] = manifest.calibration
     if manifest.calibration is not None:
         said = instantiate(progress.job["config"]["data"]).contamination()

@@ -11,14 +11,14 @@ from typing import Any
 from hydra.utils import instantiate
 from torch import Tensor
 
-from harness.artefacts import Manifest, file_facts, publish
+from harness.artefacts import Manifest, file_facts, publish, training_state
 from harness.cache import Cache
 from harness.launch import Stage
 from harness.load import load_model, load_tokenizer, meta_model, model_facts
 from harness.memory import peak_bytes
 from harness.models import ModelSource, unquantized
 from kernels.errors import ConfigError
-from methods.base import AdoptingMethod, Method, QuantizeReport
+from methods.base import AdoptingMethod, Method, QuantizeReport, TrainingMethod
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
@@ -51,8 +51,10 @@ def main(job: dict[str, Any], stage: Stage) -> None:
             model=made.facts,
             calibration=made.shown,
             unquantized=report.unquantized,
+            details=dict(report.details),
         )
         publish(temporary, artefact, manifest)
+        shutil.rmtree(training_state(artefact), ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -82,7 +84,12 @@ def _quantized(method: Method, job: dict[str, Any], into: Path, stage: Stage) ->
         )
     stage("quantizing")
     start = time.perf_counter()
-    report = method.quantize(model, tokenizer, calibration, into)
+    if isinstance(method, TrainingMethod) and calibration is not None:
+        state = training_state(Path(job["artefact"]))
+        state.mkdir(exist_ok=True)
+        report = method.train(model, tokenizer, calibration, into, state, stage)
+    else:
+        report = method.quantize(model, tokenizer, calibration, into)
     return Made(report, tokenizer, facts, shown, time.perf_counter() - start)
 
 

@@ -7,8 +7,8 @@ always the loaded engine, never the object left behind by quantizing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -66,6 +66,8 @@ class QuantizeReport:
         bits, group_size: as the artefact has them, where only it can tell; else the method's.
         unquantized: the floating type that all weights are stored in as they were (`float16`);
             None where anything was quantized. Rows of one type on several engines are compared.
+        details: JSON that the record shows beside the row, by what made it (`training`,
+            `allocation`, `pruning`).
     """
 
     quantized: Sequence[Matrix]
@@ -75,6 +77,7 @@ class QuantizeReport:
     bits: float | None = None
     group_size: int | None = None
     unquantized: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ class Calibration:
     seed: int
 
     def __post_init__(self) -> None:
-        for field in ("samples", "seq_len"):
-            if getattr(self, field) < 1:
+        for name in ("samples", "seq_len"):
+            if getattr(self, name) < 1:
                 raise ConfigError(
-                    f"calibration.{field} is {getattr(self, field)}; it must be 1 or more"
+                    f"calibration.{name} is {getattr(self, name)}; it must be 1 or more"
                 )
 
 
@@ -314,6 +317,44 @@ class Method(Protocol):
 
     def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load the artefact in folder `artefact` for `hardware`."""
+        ...
+
+
+@runtime_checkable
+class TrainingMethod(Protocol):
+    """A method that trains the model, and goes on where an attempt that was ended had come to.
+
+    Its `calibration` is the text that it trains on, as crops.
+    """
+
+    def train(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        calibration: Tensor,
+        into: Path,
+        state: Path,
+        say: Callable[[str], None],
+    ) -> QuantizeReport:
+        """Do what `Method.quantize` does, with a folder and a voice for the hours it may take.
+
+        `state` is a folder of this very artefact: what is put there (whole files only) is found
+        again after a crash, and gone once the artefact is written. `say` shows how far it is.
+        """
+        ...
+
+
+@runtime_checkable
+class LayerwiseMethod(Protocol):
+    """A method that makes packed modules of single matrices, so that others may do the rest."""
+
+    def modules(
+        self, model: nn.Module, matrices: Sequence[Matrix], calibration: Tensor | None
+    ) -> Mapping[str, nn.Module]:
+        """Return name -> what replaces the matrix (`methods.linear.QuantizedModule`).
+
+        `model` is left as it was; `calibration` as for `Method.quantize`.
+        """
         ...
 
 

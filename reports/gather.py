@@ -18,11 +18,13 @@ _RESOLVED_NODES = ("method", "model", "hardware", "suite", "data")
 def make_rows(records: Iterable[Record], repeat: str | None = None) -> list[Row]:
     """Return the rows of `records` in the order of the report: by group, the baseline first.
 
+    Records of other jobs than `cell` (a sensitivity analysis) are no rows.
+
     Records that differ in what `repeat` names alone (`seed`, `calibration`, `none`; None: as each
     record's own configuration says) become one row.
     """
     neighbours: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for row in merged([_row(record) for record in records], repeat):
+    for row in merged([_row(record) for record in records if is_row(record)], repeat):
         neighbours[row.model, row.hardware, row.label].append(row)
     labelled = [
         replace(row, label=label)
@@ -38,6 +40,11 @@ def make_groups(rows: Sequence[Row]) -> list[Group]:
     for row in rows:
         members[row.model, row.hardware].append(row)
     return [Group(model, hardware, tuple(rows)) for (model, hardware), rows in members.items()]
+
+
+def is_row(record: Record) -> bool:
+    """Whether the record is of one grid point, quantized, loaded and measured."""
+    return bool(record.config.get("job", "cell") == "cell")
 
 
 def _row(record: Record) -> Row:

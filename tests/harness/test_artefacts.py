@@ -28,6 +28,7 @@ def make(folder: Path) -> Path:
         model={},
         calibration=None,
         unquantized=None,
+        details={},
     )
     publish(temporary, folder / "artefact", manifest)
     return folder / "artefact"

@@ -15,6 +15,7 @@ from kernels import compiler, host_build
 MODEL = {"kind": "local", "digest": "abc"}
 METHOD = {"_target_": "methods.unquantized.Unquantized", "name": "fp32", "dtype": "float32"}
 CONFIG: dict[str, Any] = {
+    "job": {"name": "cell", "child": None, "options": {}},
     "model": {"name": "m"},
     "method": {"_target_": "methods.rtn.RTN", "name": "rtn", "bits": 4, "group_size": 128},
     "baseline": METHOD,

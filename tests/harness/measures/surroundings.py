@@ -124,6 +124,7 @@ def publish_unquantized(
         model=model_facts(model),
         calibration=None,
         unquantized=report.unquantized,
+        details={},
     )
     publish(temporary, folder, manifest)
     return manifest
