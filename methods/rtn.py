@@ -9,6 +9,7 @@ quality and other speed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -174,6 +175,16 @@ class RTN:
         artefacts.save(model, into, layers)
         stored = sum(self.stored_bits(matrix) for matrix in matrices)
         return QuantizeReport(matrices, stored, left_out, notes)
+
+    def modules(
+        self, model: nn.Module, matrices: Sequence[Matrix], calibration: Tensor | None
+    ) -> Mapping[str, nn.Module]:
+        """Return name -> packed module of each of `matrices`; `model` is left as it was."""
+        found = {}
+        for matrix in matrices:
+            quantized = quantize(matrix.name, weight_of(model, matrix), self.affine)
+            found[matrix.name] = self._module(model, matrix, quantized)
+        return found
 
     def _module(self, model: nn.Module, matrix: Matrix, quantized: Quantized) -> QuantizedModule:
         """Return the packed module for `matrix`; its bias is stored as in the checkpoint."""
