@@ -31,6 +31,7 @@ from harness.measures.windows import (
 from harness.record import Value
 from kernels.errors import ConfigError
 from methods.base import Engine
+from methods.divergence import divergence_terms
 from methods.engine import TorchEngine
 from methods.unquantized import DTYPES
 
@@ -70,7 +71,7 @@ def token_divergence(reference: Tensor, logits: Tensor, targets: Tensor) -> Toke
         logits = torch.where(broken[:, None], 0.0, logits)
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
     share = expected.exp()
-    kl = _divergence_terms(share, found.exp(), found - expected).sum(-1, dtype=torch.float64)
+    kl = divergence_terms(share, found.exp(), found - expected).sum(-1, dtype=torch.float64)
     difference = (reference - logits).abs().mean(-1, dtype=torch.float64)
     probability = found.gather(1, targets[:, None]).exp().double()[:, 0]
     delta_p = probability.masked_fill(broken, 0.0) - share.gather(1, targets[:, None])[:, 0]
@@ -81,15 +82,6 @@ def token_divergence(reference: Tensor, logits: Tensor, targets: Tensor) -> Toke
         difference.masked_fill(broken, torch.inf),
         int((~finite).sum()),
     )
-
-
-def _divergence_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Return terms [N, V] whose sum is KL(p ‖ q), with d = log q - log p, all float32.
-
-    sum p (e^d - 1 - d) equals sum -p d where p and q add up to one. No term is negative, and the
-    rounding of the two softmax sums, about 1e-7, cancels: small divergences keep their digits.
-    """
-    return torch.where(d.abs() < 1, p * (torch.expm1(d) - d), q - p - p * d)
 
 
 @dataclass(frozen=True)
