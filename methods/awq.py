@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import gptqmodel_engine, repack
 from methods.affine import Affine
-from methods.base import Calibration, Hardware, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.gptq_format import stored_bits
 from methods.gptqmodel_quantize import (
     Log,
@@ -156,13 +155,13 @@ class AWQ:
             device=device(),
         )
 
-    def load(self, artefact: Path, hardware: Hardware) -> TorchEngine:
+    def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with GPTQModel's kernels, or this project's."""
         if self.kernel == "quantbench":
             return load_engine(artefact, hardware, build=repack.build)
         return gptqmodel_engine.load(artefact, hardware, self.backend)
 
-    def load_dequantized(self, artefact: Path, hardware: Hardware) -> TorchEngine:
+    def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with the weights decoded by our own code, to compare with."""
         if self.kernel == "quantbench":
             return load_engine(artefact, hardware, packed=False, build=repack.build)

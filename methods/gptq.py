@@ -13,18 +13,22 @@ GPTQModel's own changes of the order of columns (`act_group_aware`) are off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from kernels.errors import ConfigError
 from methods import gptqmodel_engine, repack
 from methods.affine import Affine
-from methods.base import Calibration, Hardware, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.gptq_format import stored_bits
 from methods.gptqmodel_quantize import (
     Log,
@@ -134,6 +138,35 @@ class GPTQ:
         stored = sum(self.stored_bits(matrix) for matrix in matrices)
         return QuantizeReport(matrices, stored, left_out, [*notes, *self._damping_notes(log)])
 
+    def modules(
+        self, model: nn.Module, matrices: Sequence[Matrix], calibration: Tensor | None
+    ) -> Mapping[str, nn.Module]:
+        """Return name -> packed module of each of `matrices`, repacked without loss.
+
+        They are quantized one behind the other, all of them: each saw the inputs that those before
+        it leave. `model` is left as it was.
+
+        Raises:
+            ConfigError: their inputs would lie in another order, which other readers of a module's
+                weight do not know of.
+        """
+        require("gptqmodel", "method=gptq")
+        if any(self._ordered(matrix) for matrix in matrices):
+            raise ConfigError(
+                "gptq with act_order=true stores the inputs of a matrix in another order, so its "
+                "matrices are not taken singly; set act_order=false, or group_size=-1"
+            )
+        rules = keep_rules(model, matrices)
+        recipe = Recipe("gptq", lambda: self._config(rules))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "checkpoint")
+            log, _ = quantize(
+                recipe, copy.deepcopy(model), _no_tokenizer(), calibration, matrices, folder
+            )
+            found = repack.read_modules(folder)[1]
+        self._damping_notes(log)
+        return found
+
     def _config(self, rules: dict[str, dict[str, Any]]) -> Any:
         from gptqmodel.quantization.config import FORMAT, GPTQConfig
 
@@ -179,14 +212,20 @@ class GPTQ:
             f"GPTQModel raised it, to {max(raised)} at most"
         ]
 
-    def load(self, artefact: Path, hardware: Hardware) -> TorchEngine:
+    def load(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with GPTQModel's kernels, or this project's."""
         if self.kernel == "quantbench":
             return load_engine(artefact, hardware, build=repack.build)
         return gptqmodel_engine.load(artefact, hardware, self.backend)
 
-    def load_dequantized(self, artefact: Path, hardware: Hardware) -> TorchEngine:
+    def load_dequantized(self, artefact: Path, hardware: Hardware) -> Engine:
         """Load with the weights decoded by our own code, to compare with."""
         if self.kernel == "quantbench":
             return load_engine(artefact, hardware, packed=False, build=repack.build)
         return gptqmodel_engine.load_dequantized(artefact, hardware)
+
+
+def _no_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one word: GPTQModel loads no model without one, and is shown tokens."""
+    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")

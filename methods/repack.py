@@ -140,15 +140,11 @@ def repack(checkpoint: Path, into: Path) -> list[Matrix]:
     Raises:
         ConfigError: it cannot be read here, or a matrix has no layout here.
     """
-    scheme, found = scheme_of(checkpoint), matrices(checkpoint)
-    read = read_gptq if scheme.kind == "gptq" else read_awq
-    model, parts = read_checkpoint(checkpoint)
-    layers: dict[str, artefacts.Facts] = {}
+    found = matrices(checkpoint)
+    model, modules = read_modules(checkpoint)
+    layers = {name: module.facts() for name, module in modules.items()}
     for matrix in found:
-        stored = parts.pop(matrix.name)
-        module = module_of(matrix, read(stored, scheme.version), scheme, stored.get("bias"))
-        layers[matrix.name] = module.facts()
-        replace(model, matrix, module)
+        replace(model, matrix, modules[matrix.name])
     complete(model, checkpoint)
     # It says how the checkpoint was stored, which the artefact is not.
     del model.config.quantization_config
@@ -157,6 +153,23 @@ def repack(checkpoint: Path, into: Path) -> list[Matrix]:
     if (checkpoint / GENERATION).is_file():
         shutil.copyfile(checkpoint / GENERATION, into / GENERATION)
     return found
+
+
+def read_modules(checkpoint: Path) -> tuple[Any, dict[str, QuantizedModule]]:
+    """Return the model in folder `checkpoint` without its quantized matrices, and their modules.
+
+    Raises:
+        ConfigError: it cannot be read here, or a matrix has no layout here.
+    """
+    scheme = scheme_of(checkpoint)
+    read = read_gptq if scheme.kind == "gptq" else read_awq
+    model, parts = read_checkpoint(checkpoint)
+    modules = {}
+    for matrix in matrices(checkpoint):
+        stored = parts.pop(matrix.name)
+        integers = read(stored, scheme.version)
+        modules[matrix.name] = module_of(matrix, integers, scheme, stored.get("bias"))
+    return model, modules
 
 
 def module_of(
