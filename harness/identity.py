@@ -171,6 +171,8 @@ def _measuring(config: dict[str, Any]) -> list[str]:
 def calibrates(node: Any) -> bool:
     """Whether a node, or one in it, is shown calibration text."""
     if isinstance(node, Mapping):
+        if node.get("train") is False:
+            return False  # what its calibration is for is not done
         return bool(node.get("calibration")) or any(calibrates(value) for value in node.values())
     return isinstance(node, list) and any(calibrates(value) for value in node)
 
