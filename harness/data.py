@@ -34,6 +34,7 @@ EMBEDDED_CALIBRATION_SEED = 0
 EMBEDDED, WIKITEXT2 = "embedded", "wikitext2"
 WIKITEXT2_TRAIN = ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text")
 PROBES, PROBE_CHARACTERS, CONTAMINATED_SHARE = 200, 80, 0.05
+UNKNOWN_SHOWN = 3
 LOCAL_CALIBRATION = "data.source=local data.path=FOLDER"
 LOCAL_INSTEAD = "data.source=local data.path=FOLDER, or data.source=text data.path=FILE"
 
@@ -150,7 +151,11 @@ class Texts:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of `text` as one piece, without special tokens."""
+    """Return the ids of `text` as one piece, without special tokens.
+
+    Raises:
+        ConfigError: it has characters that the tokenizer neither knows nor has a token for.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -158,14 +163,29 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     # What the tokenizer's own call does, without the offsets that take half of its time.
     backend.no_truncation()
     backend.no_padding()
-    found: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    try:
+        found: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except Exception as error:  # tokenizers raises no narrower class
+        if "[UNK]" not in str(error):
+            raise
+        unknown = sorted(set(text) - set(tokenizer.get_vocab()))
+        more = ", ..." if len(unknown) > UNKNOWN_SHOWN else ""
+        raise ConfigError(
+            f"the text has {len(unknown)} characters that the model's vocabulary lacks "
+            f"({', '.join(map(repr, unknown[:UNKNOWN_SHOWN]))}{more}); take a text of the "
+            "characters the model was trained on (data.path, data.calibration)"
+        ) from error
     return found
 
 
 def leading_token(tokenizer: Any) -> int | None:
     """Return the id that `tokenizer` puts before a text by itself, or None."""
-    whole = tokenizer("a").input_ids
-    bare = tokenizer("a", add_special_tokens=False).input_ids
+    text = "a"
+    if tokenizer.convert_tokens_to_ids(text) is None:
+        # A vocabulary of characters can do without any one of them.
+        text = min(tokenizer.get_vocab())
+    whole = tokenizer(text).input_ids
+    bare = tokenizer(text, add_special_tokens=False).input_ids
     return int(whole[0]) if whole[:1] != bare[:1] else None
 
 

@@ -90,7 +90,12 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm_eval carries no types
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end of text."""
+        """The tokenizer's end of text; raises ConfigError where it has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "tasks need a tokenizer with a token for the end of a text, and the model's has "
+                "none (a model of characters); take a suite without tasks, such as suite=quality"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property
