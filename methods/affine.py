@@ -15,7 +15,7 @@ Everything is vectorised and runs over chunks of rows, so that memory beyond the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional
 from kernels import reference
 from kernels.errors import ConfigError
 from methods.layers import check_finite
+from methods.weight_divergence import bins_for, centres, divergence, histogram
 
 BITS = (8, 4, 3, 2)
 SCALE_DTYPES = {
@@ -32,14 +33,17 @@ SCALE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-SEARCHES = ("minmax", "percentile", "mse")
+SEARCHES = ("minmax", "percentile", "mse", "kl")
 SMALLEST_GROUP, LARGEST_GROUP = 16, 1024
 PER_CHANNEL = -1
 
 SHRINK_FACTORS = tuple(1 - 0.02 * step for step in range(46))
-"""Factors on the min/max range that `mse` tries: 1.0 down to 0.1. With normal weights the best
-2-bit range of a group of 128 is about 0.6 of min/max, of a row of 4096 about 0.4; an outlier of ten
-standard deviations takes it below 0.2."""
+"""Factors on the min/max range that `mse` and `kl` try: 1.0 down to 0.1. With normal weights the
+best 2-bit range of a group of 128 is about 0.6 of min/max, of a row of 4096 about 0.4; an outlier
+of ten standard deviations takes it below 0.2."""
+
+Parameters = tuple[Tensor, Tensor | None]
+"""Stored scale and uint8 zero point (None: symmetric), of one shape."""
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights handled at once: 4 MiB of float32, which stays in the cache."""
@@ -55,7 +59,8 @@ class Affine:
         symmetric: no zero point.
         per_tensor: one scale a matrix.
         scale_search: `minmax`; `percentile` (range between the quantiles of each group);
-            `mse` (the factor on the min/max range with the least squared error).
+            `mse` (the factor on the min/max range with the least squared error); `kl` (the factor
+            with the least divergence of histograms: `methods.weight_divergence`).
         percentile: upper quantile in percent for `percentile`, above 50.
         scale_dtype: stored type of a scale: `float16`, `bfloat16`, `float32`.
 
@@ -166,7 +171,11 @@ def _quantize_matrix(name: str, weight: Tensor, affine: Affine) -> Quantized:
     lowest, highest = _limits(weight, affine)
     scale, zero_point = parameters(name, lowest, highest, affine)
     if affine.scale_search == "mse":
-        scale, zero_point = _least_squared_error(name, weight, affine, lowest, highest)
+        scale, zero_point = _least(
+            lambda grid: _squared_error(weight, affine, *grid), name, affine, lowest, highest
+        )
+    if affine.scale_search == "kl":
+        scale, zero_point = _least_divergence(name, weight, affine, lowest, highest)
     codes = torch.cat(
         [
             _codes(groups, *_of_rows(scale, zero_point, rows), affine.bits)
@@ -280,24 +289,50 @@ def _codes(groups: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) 
     return rounded.add_(offset).clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
 
 
-def _least_squared_error(
-    name: str, weight: Tensor, affine: Affine, lowest: Tensor, highest: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters whose range is the shrunken min/max range with the least error.
+def _least(
+    cost: Callable[[Parameters], Tensor], name: str, affine: Affine, lowest: Tensor, highest: Tensor
+) -> Parameters:
+    """Return the parameters whose range is the shrunken min/max range with the least `cost`.
 
-    The factor 1 is among those tried, so the squared error is never above that of min/max.
+    The factor 1 is tried first and another must be better, so the cost is never above min/max's.
     """
     best_scale, best_zero = parameters(name, lowest, highest, affine)
-    best = _squared_error(weight, affine, best_scale, best_zero)
+    best = cost((best_scale, best_zero))
     for factor in SHRINK_FACTORS[1:]:
         scale, zero_point = parameters(name, lowest * factor, highest * factor, affine)
-        error = _squared_error(weight, affine, scale, zero_point)
-        better = error < best
-        best = torch.where(better, error, best)
+        found = cost((scale, zero_point))
+        better = found < best
+        best = torch.where(better, found, best)
         best_scale = torch.where(better, scale, best_scale)
         if best_zero is not None and zero_point is not None:
             best_zero = torch.where(better, zero_point, best_zero)
     return best_scale, best_zero
+
+
+def _least_divergence(
+    name: str, weight: Tensor, affine: Affine, lowest: Tensor, highest: Tensor
+) -> Parameters:
+    """Return the parameters whose range is the shrunken one with the least divergence."""
+
+    def search(counts: Tensor, low: Tensor, high: Tensor) -> Parameters:
+        middles = centres(low, high, bins)
+        return _least(
+            lambda grid: divergence(counts, middles, *grid, affine.bits), name, affine, low, high
+        )
+
+    if affine.per_tensor:
+        bins = bins_for(weight.numel())
+        counts = torch.zeros(1, 1, bins, dtype=torch.float64)
+        for _, groups in _chunks(weight, affine):
+            counts += histogram(groups.reshape(1, 1, -1), lowest, highest, bins)
+        return search(counts, lowest, highest)
+    found = []
+    for rows, groups in _chunks(weight, affine):
+        bins = bins_for(groups.shape[-1])
+        counts = histogram(groups, lowest[rows], highest[rows], bins)
+        found.append(search(counts, lowest[rows], highest[rows]))
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
 def _squared_error(

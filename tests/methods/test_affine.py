@@ -246,7 +246,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"group_size": 2048}, "group_size is 2048; it must be"),
         ({"group_size": None}, "group_size is None; it must be"),
         ({"group_size": 32, "per_tensor": True}, "set group_size=-1"),
-        ({"scale_search": "best"}, "must be one of minmax, percentile, mse"),
+        ({"scale_search": "best"}, "must be one of minmax, percentile, mse, kl"),
         ({"percentile": 50}, "percentile is 50"),
         ({"scale_dtype": "float8"}, "must be one of float16, bfloat16, float32"),
     ],
