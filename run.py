@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def run(config: DictConfig) -> str:
-    """Do what `job` says with one composed configuration; returns how it ended."""
-    result: str = instantiate(config.job, _recursive_=False).run(config)
+def run(config: DictConfig) -> str | tuple[float, ...]:
+    """Do what `job` says with one composed configuration; returns what the job returns."""
+    result: str | tuple[float, ...] = instantiate(config.job, _recursive_=False).run(config)
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harness.record import write_atomically
@@ -47,3 +47,14 @@ def read_plan(folder: Path) -> Plan:
     """Read the plan in `folder`; raises FileNotFoundError where there is none."""
     facts = json.loads((folder / FILE_NAME).read_text())
     return Plan(facts["started"], tuple(facts["cells"]), tuple(facts["finished_before"]))
+
+
+def extend_plan(folder: Path, cells: Sequence[str], finished_before: Sequence[str] = ()) -> None:
+    """Put further cells behind those planned in `folder`; the run keeps its start."""
+    plan = read_plan(folder)
+    longer = replace(
+        plan,
+        cells=tuple(dict.fromkeys([*plan.cells, *cells])),
+        finished_before=tuple(dict.fromkeys([*plan.finished_before, *finished_before])),
+    )
+    write_atomically(folder / FILE_NAME, json.dumps(asdict(longer), indent=1).encode())

@@ -1,4 +1,4 @@
-"""The sweeper of `python run.py -m`: each cell of a grid once, unfinished cells only.
+"""The sweepers of `python run.py -m`: each cell of a grid once, unfinished cells only.
 
 Here and not in `harness`, because Hydra takes plugins from the package of this name alone.
 """
@@ -6,7 +6,6 @@ Here and not in `harness`, because Hydra takes plugins from the package of this 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,20 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import Cell, plan_cell
-from harness.sweep import EXIT_REFUSED, plan_cells
+from harness.jobs import refuse
+from harness.sweep import plan_cells
 from kernels.errors import ConfigError
+
+Cells = dict[str, tuple[Cell, list[str]]]
+"""Cell id -> the cell and the overrides that make it."""
 
 
 class GridSweeper(Sweeper):
@@ -53,29 +58,38 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run every missing cell of the grid that `arguments` describe."""
+        try:
+            return self._launch(self._cells(points(self.grids, arguments, self.loader)))
+        except ConfigError as error:
+            refuse(error)
+
+    def _launch(self, cells: Cells) -> Any:
+        """Run those of `cells` that are not there.
+
+        Raises:
+            ConfigError: one cannot work.
+        """
         assert self.config is not None
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir).absolute()
-        try:
-            cells = self._cells(points(self.grids, arguments, self.loader))
-            missing = plan_cells([cell for cell, _ in cells.values()], folder)
-        except ConfigError as error:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-            raise SystemExit(EXIT_REFUSED) from None
+        missing = plan_cells([cell for cell, _ in cells.values()], folder)
         there = len(cells) - len(missing)
         print(f"{len(cells)} cells, {there} of them there already", flush=True)
         if not missing:
             return []
         return self.launcher.launch([cells[cell.id][1] for cell in missing], initial_job_idx=0)
 
-    def _cells(self, points: list[list[str]]) -> dict[str, tuple[Cell, list[str]]]:
+    def _cells(self, points: list[list[str]]) -> Cells:
         """Compose every point; the first of several equal cells stands, baselines come first."""
         assert self.loader is not None
         assert self.config is not None
-        cells: dict[str, tuple[Cell, list[str]]] = {}
+        cells: Cells = {}
         for point in points:
             composed = self.loader.load_sweep_config(self.config, point)
+            if composed.job.name == "deploy":
+                raise ConfigError(
+                    "job=deploy decides on one configuration; run it without -m, once a profile"
+                )
             with_hydra = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])
             cell = plan_cell(with_hydra, point)
             cells.setdefault(cell.id, (cell, point))
@@ -83,6 +97,34 @@ class GridSweeper(Sweeper):
             cells.items(), key=lambda item: item[1][0].artefact_key != item[1][0].baseline_key
         )
         return dict(ordered)
+
+
+class SearchSweeper(GridSweeper):
+    """Looks for the best cell of the axes instead of running all of them: `conf/search/`."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Race the cells of the search's axes; those given in `arguments` take their place."""
+        assert self.config is not None
+        from harness.racing import Racing
+
+        try:
+            search = instantiate(self.config.search)
+            own = _axes([f"{key}={value}" for key, value in search.axes.items()], self.loader)
+            given = _axes(arguments, self.loader)
+            # What describes the search is no part of a cell.
+            asked = {
+                key: values
+                for key, values in given.items()
+                if key.lstrip("+").partition(".")[0] != "search"
+            }
+            # The mode came from the search's file, which points leave out.
+            asked["hydra.mode"] = ["hydra.mode=MULTIRUN"]
+            asked.setdefault("suite", [f"suite={self.config.hydra.runtime.choices['suite']}"])
+            Racing(search, {**own, **asked}, self._cells, self._launch).run(self.config, arguments)
+        except InstantiationException as error:
+            refuse(ConfigError(str(error.__cause__ or error).splitlines()[0]))
+        except ConfigError as error:
+            refuse(error)
 
 
 def points(
