@@ -29,6 +29,7 @@ class Closing(Callback):
 
 
 def _close(folder: Path, runs_dir: Path) -> None:
+    from reports.outcomes import outcome_text, succeeded
     from reports.render import ReportError, write_report
     from reports.table import summary_text
 
@@ -41,8 +42,10 @@ def _close(folder: Path, runs_dir: Path) -> None:
             problems.append(f"{cell} has no record")
         except RecordError as error:
             problems.append(str(error))
-    if records:
-        print(f"\n{summary_text(records)}")
+    if text := summary_text(records):
+        print(f"\n{text}")
+    for outcome in filter(None, map(outcome_text, records)):
+        print(f"\n{outcome}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     try:
@@ -51,5 +54,6 @@ def _close(folder: Path, runs_dir: Path) -> None:
         print(f"error: the report could not be written: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"\nreport: {pages.html}")
-    if problems or any(record.status != "ok" for record in records):
+    done = all(record.status == "ok" and succeeded(record) for record in records)
+    if problems or not done:
         raise SystemExit(1)

@@ -175,11 +175,12 @@ def _fronts(group: Group) -> list[Finding]:
         drawn = plane(group, metric)
         if drawn is not None:
             best = [point.row.label for point in drawn.points if point.best]
+            quality = words.title(drawn.quality).lower()
             found.append(
                 Finding(
-                    f"Not beaten in both perplexity and {name}",
+                    f"Not beaten in both {quality} and {name}",
                     words.listed(best),
-                    f"The Pareto front: no other row is at least as good in perplexity "
+                    f"The Pareto front: no other row is at least as good in {quality} "
                     f"({drawn.perplexity_protocol}) and {metric} ({drawn.protocol}) and better in "
                     "one of them.",
                 )

@@ -13,6 +13,8 @@ from reports.repetitions import merged
 from reports.rows import STATES, Group, Row, axes_label, family, kept_back, mapping, sequence
 
 _RESOLVED_NODES = ("method", "model", "hardware", "suite", "data")
+_BARE = {"observer": "{}", "scale_search": "{}", "samples": "{} samples", "calibration": "{}"}
+"""Options whose value is told without its name where many options tell rows apart."""
 
 
 def make_rows(records: Iterable[Record], repeat: str | None = None) -> list[Row]:
@@ -75,9 +77,32 @@ def _distinct_labels(rows: Sequence[Row]) -> list[str]:
         shown = dict.fromkeys(f"{key.split('.')[-1]}={found.get(key, 'none')}" for key in differing)
         text = ", ".join(list(shown)[:2])
         labels.append(f"{row.label} ({text})" if text else row.label)
+    if len(set(labels)) < len(labels):
+        labels = _told_by_values(rows, options, differing)
     if len(set(labels)) == len(labels):
         return labels
     return [f"{label} [{row.record.cell}]" for label, row in zip(labels, rows, strict=True)]
+
+
+def _told_by_values(
+    rows: Sequence[Row], options: Sequence[Mapping[str, str]], differing: Sequence[str]
+) -> list[str]:
+    """Return labels with as many options as it takes, in few words: `mse, 512 samples, world`."""
+    chosen: list[str] = []
+    for key in sorted(differing, key=lambda key: (key.split(".")[-1] not in _BARE, key)):
+        more = [*chosen, key]
+        if _distinct(options, more) > _distinct(options, chosen):
+            chosen = more
+    labels = []
+    for row, found in zip(rows, options, strict=True):
+        names = [(key.split(".")[-1], found.get(key, "none")) for key in chosen]
+        shown = [_BARE.get(name, f"{name}={{}}").format(value) for name, value in names]
+        labels.append(f"{row.label} ({', '.join(shown)})" if shown else row.label)
+    return labels
+
+
+def _distinct(options: Sequence[Mapping[str, str]], keys: Sequence[str]) -> int:
+    return len({tuple(found.get(key) for key in keys) for found in options})
 
 
 def _options(record: Record) -> dict[str, str]:
@@ -86,6 +111,9 @@ def _options(record: Record) -> dict[str, str]:
     options = {"suite": str(record.config.get("suite")), "data": str(record.config.get("data"))}
     for node in _RESOLVED_NODES:
         options.update(_flat(mapping(resolved.get(node)), node))
+    text = mapping(record.details.get("calibration")).get("text")
+    if text and "data.calibration" not in options:
+        options["data.calibration"] = words.one_line(text)
     if "seed" in resolved:
         options["seed"] = str(resolved["seed"])
     return options

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 from harness.record import Failure, Record
 from reports import protocols, sections, words
+from reports.blocks import Block, named
+from reports.documents import documents_blocks
 from reports.engines import EngineTable, engine_tables, engine_warnings
 from reports.evidence import Evidence, evidence, legend
+from reports.extra import group_blocks, job_blocks
 from reports.findings import Finding, findings, warnings
 from reports.gather import make_groups, make_rows
+from reports.jobs import job_rows
 from reports.pareto import Plane, plane
 from reports.parts import Parts, parts
 from reports.rows import Group, Row, family, kernels
@@ -24,12 +28,15 @@ QUALITY_FIRST = (
     *("perplexity", "kl_mean", "kl_median", "kl_p90", "kl_p99", "kl_noise_floor"),
     *("top1_agreement", "delta_p_mean", "mean_absolute_logit_difference", "nonfinite_logits"),
     *("equal_tokens", "first_difference"),
+    *("embedding_cosine", "embedding_cosine_worst", "similarity_rank_agreement"),
+    *("nearest_neighbour_agreement", "masked_perplexity", "masked_kl", "masked_top1_agreement"),
 )
 SPEED_FIRST = (
     *("prefill_tokens_per_second", "prefill_speedup", "ttft_seconds"),
     *("decode_tokens_per_second", "decode_speedup", "tpot_seconds", "timing_spread"),
     *("achieved_bytes_per_second", "copy_bytes_per_second"),
     *("prefill_joules_per_token", "prefill_above_idle_joules_per_token"),
+    *("latency_seconds", "latency_speedup", "sequences_per_second"),
     *("decode_joules_per_token", "decode_above_idle_joules_per_token", "idle_watts"),
 )
 COST_FIRST = (
@@ -41,8 +48,8 @@ COST_FIRST = (
 
 DETAILS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
     ("Tasks", {"tasks"}, ()),
-    ("Quality", {"perplexity", "divergence", "generation"}, QUALITY_FIRST),
-    ("Speed", {"speed", "energy"}, SPEED_FIRST),
+    ("Quality", {"perplexity", "divergence", "generation", "embedding", "masked"}, QUALITY_FIRST),
+    ("Speed", {"speed", "energy", "latency"}, SPEED_FIRST),
     ("Serving", {"serving"}, ()),
     ("Size, memory and preparation", {"size", "memory", "quantize", "load"}, COST_FIRST),
 )
@@ -81,6 +88,7 @@ class Section:
     rules: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     engines: tuple[EngineTable, ...]
+    blocks: tuple[Block, ...]
     details: tuple[Detail, ...]
     parts: tuple[Parts, ...]
     prompts: tuple[Prompt, ...]
@@ -102,17 +110,24 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report; `cells` are the rows of single records, repetitions apart."""
+    """The whole report.
+
+    `cells` are the rows of single records, repetitions apart; `others` stand for the records of
+    other jobs, which are no rows, and `blocks` show what those hold. `claims` are the documents'.
+    """
 
     title: str
     facts: tuple[tuple[str, str], ...]
     banners: tuple[str, ...]
     sections: tuple[Section, ...]
+    blocks: tuple[Block, ...]
+    claims: tuple[Block, ...]
     troubles: tuple[Trouble, ...]
     problems: tuple[str, ...]
     machines: tuple[Machine, ...]
     rows: tuple[Row, ...]
     cells: tuple[Row, ...]
+    others: tuple[Row, ...]
     groups: tuple[Group, ...]
     anchors: Mapping[str, str]
     protocols: tuple[tuple[str, str, str], ...]
@@ -128,20 +143,28 @@ def make_page(
     rows = make_rows(records, repeat)
     cells = [cell for row in rows for cell in row.cells]
     groups = make_groups(rows)
+    others = job_rows(records)
     taken: set[str] = set()
-    machines = sections.machines(cells)
+    machines = sections.machines([*cells, *others])
+    shown = tuple(_section(group, taken) for group in groups)
+    labels = {cell.record.cell: cell.label for cell in cells}
     return Page(
-        title=f"Quantization compared: {_models(groups)}",
-        facts=_facts(cells, problems),
+        title=f"Quantization compared: {_models([*groups, *others])}",
+        facts=_facts([*cells, *others], problems),
         banners=tuple(_banners(groups, machines)),
-        sections=tuple(_section(group, taken) for group in groups),
+        sections=shown,
+        blocks=named(job_blocks(records, labels), _slug("jobs", taken)),
+        claims=tuple(documents_blocks(groups, records)),
         troubles=tuple(
-            Trouble(cell, cell.record.errors) for cell in cells if cell.record.status != "ok"
+            Trouble(cell, cell.record.errors)
+            for cell in [*cells, *others]
+            if cell.record.status != "ok"
         ),
         problems=tuple(problems),
         machines=tuple(machines),
         rows=tuple(rows),
         cells=tuple(cells),
+        others=tuple(others),
         groups=tuple(groups),
         anchors={row.record.cell: f"row-{index}" for index, row in enumerate(rows)},
         protocols=tuple(_protocols(rows)),
@@ -154,7 +177,9 @@ def _section(group: Group, taken: set[str]) -> Section:
     for metric in FIGURES:
         drawn = plane(group, metric)
         if drawn is not None:
-            figures.append(FigureSpec(drawn, f"perplexity-{metric.split('_')[0]}-{slug}"))
+            figures.append(
+                FigureSpec(drawn, f"{drawn.quality.split('_')[0]}-{metric.split('_')[0]}-{slug}")
+            )
     details = [
         Detail(title, detail_table(group, families, first)) for title, families, first in DETAILS
     ]
@@ -175,6 +200,7 @@ def _section(group: Group, taken: set[str]) -> Section:
         rules=tuple(rules(answers)),
         warnings=tuple(warnings(group)),
         engines=tuple(engine_tables(group)),
+        blocks=named(group_blocks(group), slug),
         details=tuple(detail for detail in details if detail.table.columns),
         parts=tuple(parts(group)),
         prompts=tuple(sections.prompts(group)),
@@ -207,8 +233,8 @@ def main_kernel(row: Row) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _models(groups: Sequence[Group]) -> str:
-    names = list(dict.fromkeys(group.model for group in groups))
+def _models(found: Sequence[Group | Row]) -> str:
+    names = list(dict.fromkeys(one.model for one in found))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -1,19 +1,26 @@
-"""Perplexity against a cost, and which rows no other row beats in both."""
+"""Quality against a cost, and which rows no other row beats in both.
+
+Quality is the perplexity; of encoders, which have none, the distance of the embeddings from the
+unquantized model's (1 - cosine). Of both less is better.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.record import Value
 from reports import words
 from reports.rows import Group, Row, main_protocol
 
+NO_DISTANCE = 1e-9
+"""1 - cosine below which two vectors are the same."""
+
 
 @dataclass(frozen=True)
 class Point:
-    """A row in a figure of perplexity (y) against something (x)."""
+    """A row in a figure of quality (y) against something (x)."""
 
     row: Row
     x: float
@@ -23,10 +30,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Plane:
-    """Perplexity against one metric, each under one protocol, for the rows that have both.
+    """Quality against one metric, each under one protocol, for the rows that have both.
 
     `best` points are those no other row beats in both; `left_out` names the rows that have both
-    figures but one that cannot be drawn.
+    figures but one that cannot be drawn. `quality` is `perplexity` or `embedding_distance`, and
+    `perplexity_protocol` its protocol.
     """
 
     metric: str
@@ -35,19 +43,23 @@ class Plane:
     higher_is_better: bool
     points: tuple[Point, ...]
     left_out: tuple[str, ...]
+    quality: str = "perplexity"
 
 
 def plane(group: Group, metric: str) -> Plane | None:
-    """Return perplexity against `metric` for the rows of `group`, None where fewer than two."""
+    """Return quality against `metric` for the rows of `group`, None where fewer than two."""
     protocol = main_protocol(group.rows, metric)
-    quality = main_protocol(group.rows, "perplexity")
+    name, measured = "perplexity", "perplexity"
+    if main_protocol(group.rows, measured) is None:
+        name, measured = "embedding_distance", "embedding_cosine"
+    quality = main_protocol(group.rows, measured)
     if protocol is None or quality is None:
         return None
     pairs: list[tuple[Row, Value, Value]] = []
     for row in group.rows:
-        x, y = row.get(metric, protocol), row.get("perplexity", quality)
+        x, y = row.get(metric, protocol), row.get(measured, quality)
         if row.measured and x is not None and y is not None:
-            pairs.append((row, x, y))
+            pairs.append((row, x, y if name == measured else _distance(y)))
     drawn = [(row, x, y) for row, x, y in pairs if _drawable(x.value) and _drawable(y.value)]
     if len(drawn) < 2:
         return None
@@ -59,11 +71,11 @@ def plane(group: Group, metric: str) -> Plane | None:
         for (row, x, y), on_front in zip(drawn, front, strict=True)
     )
     left_out = tuple(
-        f"{row.label} (perplexity {words.figure('perplexity', y.value)})"
+        f"{row.label} ({words.title(name).lower()} {words.figure(name, y.value)})"
         for row, x, y in pairs
         if not (_drawable(x.value) and _drawable(y.value))
     )
-    return Plane(metric, protocol, quality, higher, points, left_out)
+    return Plane(metric, protocol, quality, higher, points, left_out, name)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -75,6 +87,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
             front[index] = True
             lowest, lowest_x = y, x
     return front
+
+
+def _distance(cosine: Value) -> Value:
+    """Return 1 - cosine; what is left of rounding counts as 0."""
+    distance = 1 - cosine.value
+    return replace(cosine, value=0.0 if distance < NO_DISTANCE else distance)
 
 
 def _drawable(value: float) -> bool:

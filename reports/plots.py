@@ -83,24 +83,28 @@ def draw(plane: Plane, anchors: Mapping[str, str], prefix: str) -> Drawing:
         figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     titles = {anchors[point.row.record.cell]: _title(plane, point) for point in plane.points}
-    return Drawing(png.getvalue(), _for_page(svg.getvalue(), titles, prefix))
+    return Drawing(png.getvalue(), for_page(svg.getvalue(), titles, prefix))
 
 
 def alternative(plane: Plane) -> str:
     """Return what the figure is, in one line, for who does not see it."""
-    return f"Perplexity against {words.title(plane.metric).lower()}, one point a row"
+    return f"{_quality(plane)} against {words.title(plane.metric).lower()}, one point a row"
 
 
 def caption(plane: Plane) -> str:
     """Return what the figure shows and which rows it leaves out."""
     text = (
-        f"Perplexity ({plane.perplexity_protocol}) against "
+        f"{_quality(plane)} ({plane.perplexity_protocol}) against "
         f"{words.title(plane.metric).lower()} ({plane.protocol}). Filled markers on the dashed "
         "line: no other row is better in both. Hollow: another row is. Star: the baseline."
     )
     if plane.left_out:
         text += f" Not drawn: {'; '.join(plane.left_out)}."
     return text
+
+
+def _quality(plane: Plane) -> str:
+    return words.title(plane.quality)
 
 
 def _figure(plane: Plane, anchors: Mapping[str, str]) -> Figure:
@@ -136,7 +140,7 @@ def _scale(axes: Axes, plane: Plane) -> None:
     """Set scales, limits, ticks and the names of the axes."""
     for name, metric, protocol, values in (
         ("x", plane.metric, plane.protocol, [point.x for point in plane.points]),
-        ("y", "perplexity", plane.perplexity_protocol, [point.y for point in plane.points]),
+        ("y", plane.quality, plane.perplexity_protocol, [point.y for point in plane.points]),
     ):
         axis = axes.xaxis if name == "x" else axes.yaxis
         low, high = min(values), max(values)
@@ -314,12 +318,15 @@ def _outside(box: Box, bounds: Box) -> float:
 def _title(plane: Plane, point: Point) -> str:
     return (
         f"{point.row.label}: {words.figure(plane.metric, point.x)}, "
-        f"perplexity {words.figure('perplexity', point.y)}"
+        f"{_quality(plane).lower()} {words.figure(plane.quality, point.y)}"
     )
 
 
-def _for_page(svg: str, titles: Mapping[str, str], prefix: str) -> str:
-    """Return matplotlib's SVG as a page's element: own ids, the page's colours, titled links."""
+def for_page(svg: str, titles: Mapping[str, str], prefix: str) -> str:
+    """Return matplotlib's SVG as a page's element: own ids, the page's colours, titled links.
+
+    `titles` are by the id that a link goes to; `prefix` is put before every id.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)

@@ -109,6 +109,19 @@ _PROTOCOLS: tuple[tuple[str, str], ...] = (
         "Serving: {m} request(s) at once, each a prompt of {n} tokens of its own and {length} new "
         "tokens, streamed; times as a client sees them.",
     ),
+    (
+        rf"{_TEXT}_sentences(?P<n>\d+)",
+        "Embeddings of the first {n} sentences of {text}, against those of the unquantized model; "
+        "similarities are cosines between every two sentences.",
+    ),
+    (
+        rf"{_TEXT}_masked(?P<n>\d+)",
+        "{n} % of the tokens of {text} masked, and what the model puts in their places.",
+    ),
+    (
+        r"length(?P<n>\d+)_batch(?P<m>\d+)",
+        "Seconds of one pass over {m} sequence(s) of {n} tokens, the median of the raw times.",
+    ),
     (r"artefact", "Seconds from the files on disk to an engine that is ready to run."),
     (r"quantize", "Seconds of the quantizing call alone, the loaded model given."),
 )

@@ -11,21 +11,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
-from reports import comparisons, plots, table, words
+from reports import comparisons, pictures, plots, table, words
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
 
 FOLDER = "report"
-FIGURE_PREFIX = "perplexity-"
+TEMPLATES = Path(__file__).with_name("templates")
+"""By path: a folder `reports` where the program is called does not stand in its way."""
+
+FIGURE_PREFIXES = ("perplexity-", "embedding-", "sensitivity-", "allocation-", "training-")
 
 
 SUMMARY_LEGEND = (
@@ -121,6 +123,10 @@ def write_pages(
         for section in page.sections
         for figure in section.figures
     }
+    blocks = [*page.blocks, *(block for section in page.sections for block in section.blocks)]
+    drawings |= {
+        picture.name: pictures.draw(picture) for block in blocks for picture in block.pictures
+    }
     figures = {f"{name}.png": drawing.png for name, drawing in drawings.items()}
     files = {
         **figures,
@@ -135,8 +141,8 @@ def write_pages(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
-    for old in folder.glob(f"{FIGURE_PREFIX}*.png"):
-        if old.name not in figures:
+    for old in folder.glob("*.png"):
+        if old.name.startswith(FIGURE_PREFIXES) and old.name not in figures:
             old.unlink()
     return ReportPaths(
         folder=folder,
@@ -156,11 +162,10 @@ def html(page: Page, drawings: dict[str, Drawing]) -> str:
     environment = _environment(autoescape=True)
     environment.filters["breakable"] = _breakable
     environment.filters["sortable"] = _sortable
-    templates = resources.files("reports") / "templates"
     return environment.get_template("report.html.jinja").render(
         **_context(page),
-        style=Markup((templates / "style.css").read_text()),
-        script=Markup((templates / "sort.js").read_text()),
+        style=Markup((TEMPLATES / "style.css").read_text()),
+        script=Markup((TEMPLATES / "sort.js").read_text()),
         svg={name: Markup(drawing.svg) for name, drawing in drawings.items()},
     )
 
@@ -177,7 +182,7 @@ def markdown(page: Page) -> str:
 
 def _environment(**options: Any) -> Environment:
     environment = Environment(
-        loader=PackageLoader("reports"),
+        loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

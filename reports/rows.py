@@ -33,10 +33,10 @@ FAMILY_OF_METRIC = {
 }
 """Families of metrics that the harness measures itself; else a value's measure is its family."""
 
-DEPLOYMENT = frozenset({"size", "memory", "speed", "energy", "load", "serving"})
+DEPLOYMENT = frozenset({"size", "memory", "speed", "energy", "load", "serving", "latency"})
 """What a simulated row cannot know: nothing was stored or run in the method's own format."""
 
-QUALITY = frozenset({"perplexity", "divergence", "generation", "tasks"})
+QUALITY = frozenset({"perplexity", "divergence", "generation", "tasks", "embedding", "masked"})
 """What random weights cannot know."""
 
 STATES = ("packed", "dequantized", "simulated")
@@ -289,14 +289,43 @@ def kept_back(row: Row, of_family: str) -> str:
 
 
 def axes_label(row: Row) -> str:
-    """Return method, bits and group size as one label: `rtn 4 bits g128`, `rtn W4A8 g128`."""
+    """Return method, bits and group size as one label: `rtn 4 bits g128`, `rtn W4A8 g128`.
+
+    A method that hands its model on names the other one, too: `prune_quant 30 % -> rtn 8 bits
+    g128`. Of an allocation, bits are the average: `mixed 4.25 bits on average`.
+    """
+    node = mapping(mapping(row.record.config.get("resolved")).get("method"))
+    if mapping(node.get("then")):
+        pruning = mapping(mapping(row.record.details.get("method")).get("pruning"))
+        return node_label({**node, "amount": pruning.get("amount", node.get("amount"))})
+    allocated = mapping(mapping(row.record.details.get("method")).get("allocation"))
+    if allocated and row.bits is not None:
+        return f"{row.plain_method} {row.bits:.3g} bits on average"
     if row.bits is None or row.group_size is None:
         return row.method or row.record.cell
-    parts = [row.plain_method or row.record.cell, f"{row.bits:.3g} bits"]
-    if row.activation_bits is not None:
-        parts[1] = f"W{row.bits:.3g}A{row.activation_bits}"
-    parts.append("per channel" if row.group_size == -1 else f"g{row.group_size}")
-    return " ".join(parts)
+    name = row.plain_method or row.record.cell
+    return _label(name, row.bits, row.group_size, row.activation_bits)
+
+
+def node_label(node: Mapping[str, Any]) -> str:
+    """Return what a method is called by its node of the configuration, with the one in it."""
+    then = mapping(node.get("then"))
+    amount, name = number(node.get("amount")), str(node.get("name", ""))
+    if not then:
+        bits, size = number(node.get("bits")), number(node.get("group_size"))
+        if bits is None or size is None:
+            return name
+        activations = number(node.get("activation_bits"))
+        return _label(name, bits, int(size), None if activations is None else int(activations))
+    shown = name if amount is None else f"{name} {100 * amount:g} %"
+    return f"{shown} -> {node_label(then)}"
+
+
+def _label(name: str, bits: float, group_size: int, activation_bits: int | None) -> str:
+    width = f"{bits:.3g} bits"
+    if activation_bits is not None:
+        width = f"W{bits:.3g}A{activation_bits}"
+    return f"{name} {width} {'per channel' if group_size == -1 else f'g{group_size}'}"
 
 
 def number(found: Any) -> float | None:

@@ -188,12 +188,15 @@ def same_machine(found: Sequence[Machine]) -> bool:
 def missing(group: Group) -> list[Said]:
     """Return which kinds of figures which rows lack, and why."""
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
+    found = {family(value) for row in group.rows for value in row.values.values()}
+    # An encoder has no perplexity, writes nothing and decodes nothing.
+    asked = {"size", "memory"} if "embedding" in found else {*FAMILIES}
     for row in group.rows:
         if not row.measured:
             continue
         present = {family(value) for value in row.values.values()}
         for of_family, name in FAMILIES.items():
-            if of_family not in present:
+            if of_family not in present and of_family in asked:
                 lacking[row.label, _why(row, of_family)].append(name)
     by_text: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (label, reason), names in lacking.items():

@@ -33,6 +33,12 @@ RATIO_METRICS = ("artefact_bytes", "computed_bytes", "quantized_bytes", "peak_me
 UNMARKED = ("kl_noise_floor", "copy_bytes_per_second", "timing_spread", "other_bytes")
 """Figures that describe the measurement or are no merit of the row: none is marked as best."""
 
+ENCODER_METRICS = (
+    *("embedding_cosine", "similarity_rank_agreement", "masked_perplexity"),
+    *("masked_top1_agreement", "latency_seconds", "latency_speedup"),
+)
+"""What the summary shows of encoders, which have no perplexity of a text."""
+
 MAX_TASKS_IN_SUMMARY = 6
 TASK_METRICS = ("acc_norm", "exact_match_strict", "pass@1", "acc")
 """Of a task's scores, the one that stands in the summary: the first of these that it has."""
@@ -109,6 +115,8 @@ def summary_table(group: Group) -> Table:
     wanted += _main(rows, "peak_memory_bytes")
     wanted += protocols_of(rows, "perplexity", {"perplexity"})[:1]
     wanted += _main(rows, "kl_mean") + _main(rows, "top1_agreement")
+    for metric in ENCODER_METRICS:
+        wanted += _main(rows, metric)
     wanted += _main(rows, "prefill_tokens_per_second") + _main(rows, "decode_tokens_per_second")
     wanted += one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY]
     wanted += _main(rows, "quantize_seconds") + _main(rows, "quantize_peak_bytes")
@@ -240,7 +248,7 @@ def noisy(row: Row) -> bool:
 
 
 def _absent_text(row: Row, of_family: str, metric: str) -> str:
-    if row.is_baseline and metric in SPEEDUP_OF.values():
+    if row.is_baseline and metric in (*SPEEDUP_OF.values(), "latency_speedup"):
         return "is the baseline"
     return absent(row, of_family)
 

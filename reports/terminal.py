@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from harness.record import Record
 from reports import protocols, words
 from reports.gather import make_groups, make_rows
+from reports.jobs import job_rows
 from reports.rows import Row
+from reports.sensitivity import sensitivity_text
 from reports.summary import Column, Table, decodes_otherwise, summary_table
 
 HEADS = {
@@ -20,6 +22,12 @@ HEADS = {
     "peak_memory_bytes": "memory",
     "perplexity": "perplexity",
     "kl_mean": "KL",
+    "embedding_cosine": "cosine",
+    "similarity_rank_agreement": "rank",
+    "masked_perplexity": "masked ppl",
+    "masked_top1_agreement": "masked top-1",
+    "latency_seconds": "latency",
+    "latency_speedup": "speed-up",
     "top1_agreement": "top-1",
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -49,14 +57,18 @@ def summary_text(
     """Return the tables of `records`, at most `width` columns wide; None is the terminal's width.
 
     Each group of rows that compare has its table, the baseline first; failed cells and `problems`
-    (the sentences of records that could not be read) follow, each with its reason.
+    (the sentences of records that could not be read) follow, each with its reason. Of other jobs,
+    sensitivity analyses have a short text; deployments and searches have printed their own.
     """
     if width is None:
         width = min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns)
     rows = make_rows(records)
     blocks = [_group_text(summary_table(group), width) for group in make_groups(rows)]
-    failures = _failures(rows, problems, width)
-    return "\n\n".join([*blocks, *([failures] if failures else [])]) + "\n"
+    for lines in filter(None, (sensitivity_text(record).splitlines() for record in records)):
+        blocks.append("\n".join(part for line in lines for part in _wrapped(line, width)))
+    failures = _failures([*rows, *job_rows(records)], problems, width)
+    blocks += [failures] if failures else []
+    return "\n\n".join(blocks) + "\n" if blocks else ""
 
 
 def _group_text(table: Table, width: int) -> str:
@@ -133,7 +145,10 @@ def _notes(
 ) -> list[str]:
     used: dict[str, list[str]] = {}
     for column in columns:
-        if column.family in ("perplexity", "divergence", "speed", "tasks"):
+        if column.family in (
+            *("perplexity", "divergence", "speed", "tasks"),
+            *("embedding", "masked", "latency"),
+        ):
             used.setdefault(column.protocol, []).append(_name(column))
     notes = [f"{', '.join(heads)}: {_clean(name)}" for name, heads in used.items()]
     marks = {cell.mark for column in columns for cell in column.cells}

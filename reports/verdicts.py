@@ -24,6 +24,9 @@ from reports.tasks import chance, hierarchy, questions
 SAME_FIGURE = 1e-3
 """Relative difference up to which the mean of samples counts as the figure itself."""
 
+SAME_VECTOR = 1e-6
+"""What rounding leaves of a cosine of 1."""
+
 ONE_SIDED = 1.645
 """Standard errors that a score stands above chance with 95 % certainty."""
 
@@ -99,7 +102,9 @@ class Judgement:
     def _against_itself(self) -> bool:
         bound = 1.0 if self.comparison.higher_is_better else 0.0
         found = self.baseline.values[self.value.metric, self.value.protocol].samples
-        return family(self.value) != "tasks" and all(sample == bound for sample in found)
+        return family(self.value) != "tasks" and all(
+            math.isclose(sample, bound, abs_tol=SAME_VECTOR * bound) for sample in found
+        )
 
     def write_range(self, low: float, high: float) -> str:
         """Return `+0.1 to +0.3 points`."""

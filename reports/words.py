@@ -16,7 +16,8 @@ UNKNOWN = "–"
 
 Kind = str
 """How a metric is written: `bytes`, `seconds`, `rate`, `bandwidth`, `energy`, `power`, `share`,
-`agreement`, `change`, `count`, `tokens`, `perplexity`, `ratio` or `number`."""
+`agreement`, `cosine`, `sequences`, `change`, `count`, `tokens`, `perplexity`, `ratio` or
+`number`."""
 
 _KINDS: dict[str, Kind] = {
     "perplexity": "perplexity",
@@ -25,6 +26,15 @@ _KINDS: dict[str, Kind] = {
     "delta_p_mean": "change",
     "first_difference": "tokens",
     "nonfinite_logits": "count",
+    "latency_speedup": "ratio",
+    "sequences_per_second": "sequences",
+    "embedding_cosine": "cosine",
+    "embedding_cosine_worst": "cosine",
+    "similarity_rank_agreement": "cosine",
+    "nearest_neighbour_agreement": "agreement",
+    "masked_perplexity": "perplexity",
+    "masked_top1_agreement": "agreement",
+    "masked_accuracy": "agreement",
     "prefill_speedup": "ratio",
     "decode_speedup": "ratio",
     "timing_spread": "share",
@@ -74,6 +84,18 @@ _TITLES = {
     "decode_joules_per_token": "Energy of decode",
     "decode_above_idle_joules_per_token": "Energy of decode, above idle",
     "idle_watts": "Power when idle",
+    "embedding_cosine": "Same embeddings, cosine",
+    "embedding_cosine_worst": "Same embeddings, worst cosine",
+    "embedding_distance": "Embedding distance",
+    "similarity_rank_agreement": "Order of similarities",
+    "nearest_neighbour_agreement": "Same nearest neighbour",
+    "masked_perplexity": "Perplexity of masked tokens",
+    "masked_kl": "KL at masked tokens",
+    "masked_top1_agreement": "Same first choice at masks",
+    "masked_accuracy": "Masked tokens found",
+    "first_embedding_seconds": "Load to first embedding",
+    "latency_seconds": "Latency",
+    "latency_speedup": "Latency speed-up",
 }
 
 _SCALES: dict[Kind, tuple[tuple[float, str], ...]] = {
@@ -91,8 +113,9 @@ _UNITS = {
     "change": "%",
     "ratio": "×",
     "tokens": "tokens",
+    "sequences": "sequences/s",
 }
-_FIXED_DECIMALS = {"share": 1, "agreement": 2, "ratio": 2}
+_FIXED_DECIMALS = {"share": 1, "agreement": 2, "ratio": 2, "cosine": 5}
 
 
 def kind(metric: str) -> Kind:

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+
+from reports import arithmetic, documents
+from reports.audit import ABOUT, DIFFERS, Evidence, increase, subjects
+from reports.documents import ADDS_UP, ARITHMETIC, CONTRADICTED, documents_blocks, facts, verdict
+from reports.gather import make_groups, make_rows
+from reports.nanogpt_sizes import SHAKESPEARE_CHAR
+from tests.reports.advanced import every_kind, sensitivity_record
+from tests.reports.synthetic import Synthetic
+
+
+def evidence(*, empty: bool = False) -> Evidence:
+    records = Synthetic().grid() if empty else every_kind()
+    return Evidence(tuple(make_groups(make_rows(records))), tuple(records))
+
+
+def test_zeros_cost_their_positions() -> None:
+    assert 32 / arithmetic.bitmap_bits(0.3, 8) == pytest.approx(4.848, abs=1e-3)
+    assert 32 / arithmetic.bitmap_bits(0.0, 8) == pytest.approx(32 / 9)
+
+
+def test_no_reading_of_nanogpts_size_is_the_printed_one() -> None:
+    found = arithmetic.nanogpt_readings(SHAKESPEARE_CHAR)
+    assert found["all parameters"] == 4 * 10_745_088
+    assert found["without position embeddings"] == 4 * 10_646_784
+    assert found["a checkpoint with AdamW's two moments"] == 12 * 10_745_088
+    name, unit, value = arithmetic.nearest_reading(SHAKESPEARE_CHAR, 39.47)
+    assert (name, unit) == ("matrices of the blocks", "MiB")
+    assert abs(value / 39.47 - 1) > 0.02
+
+
+def test_the_running_product_stops_after_one_layer() -> None:
+    found = arithmetic.adaptive_quantizer([0.5, 0.02, 0.001], [100, 100, 100])
+    assert found.bits == (8, 32, 32)
+    assert found.claimed == 4
+    assert found.true == pytest.approx(96 / 72)
+    careless = arithmetic.adaptive_quantizer([0.001, 0.002], [100, 100], target=64)
+    assert careless.bits == (4, 4)
+    assert careless.claimed == 64
+    assert careless.true == 8
+
+
+def test_rounding_has_no_slope_and_no_bound() -> None:
+    assert arithmetic.slope_in_input([x / 101 for x in range(-101, 102)]) == 0
+    assert arithmetic.learnable_quantizer(5.0, 1.0, 0.0, bits=2) == pytest.approx(5.0)
+
+
+def test_a_margin_of_loss_is_more_of_perplexity() -> None:
+    assert arithmetic.loss_margin_as_perplexity(5.68) == pytest.approx(0.0535, abs=1e-4)
+
+
+def test_every_fact_is_whole_and_its_checks_exist() -> None:
+    every, titles = facts()
+    ids = [fact.id for fact in every]
+    assert len(set(ids)) == len(ids)
+    assert len(titles) == 5
+    assert set(ARITHMETIC) | set(ABOUT) == set(ids)
+    for fact in every:
+        assert fact.original
+        assert fact.command.startswith("python run.py")
+        assert (fact.value is None) == (fact.unit is None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"colour": "red"}, "colour"), ({"document": "elsewhere"}, "names no document: elsewhere")],
+)
+def test_a_fact_that_is_not_whole_is_refused(changes: dict[str, str], said: str) -> None:
+    every, titles = facts()
+    entry = {name: getattr(every[0], name) for name in documents.FIELDS}
+    with pytest.raises(ValueError, match=said):
+        documents._fact({**entry, **changes}, titles)
+
+
+def test_arithmetic_goes_before_rows_and_both_are_told() -> None:
+    by_id = {fact.id: fact for fact in facts()[0]}
+    nothing = evidence(empty=True)
+    assert verdict(by_id["prune-quant-size"], nothing).verdict == CONTRADICTED
+    assert "4.85x" in verdict(by_id["prune-quant-size"], nothing).why
+    assert verdict(by_id["nanogpt-speed"], nothing).verdict == ADDS_UP
+    found = verdict(by_id["first-last-critical"], nothing)
+    assert found.verdict == "not measured here"
+    assert "python run.py job=sensitivity" in found.why
+
+
+def test_claims_stand_only_where_the_report_has_something_about_them() -> None:
+    assert subjects(evidence(empty=True)) == set()
+    grid = Synthetic().grid()
+    assert documents_blocks(make_groups(make_rows(grid)), grid) == []
+    (block,) = documents_blocks([], [sensitivity_record()])
+    assert len(block.grids[0].lines) == 3
+    assert subjects(evidence()) == {
+        *("pruning", "mixed", "sensitivity", "calibration", "training", "distillation"),
+        *("search", "deploy"),
+    }
+
+
+def test_rows_give_their_verdicts_by_name() -> None:
+    whole = evidence()
+    found = {name: about(whole) for name, about in ABOUT.items()}
+    qat = found["qat-best"]
+    assert qat is not None
+    assert qat.verdict == "holds here"
+    assert "qat 3 bits g128" in qat.why
+    pruned = found["prune-accuracy"]
+    assert pruned is not None
+    assert pruned.verdict == "cannot be decided here"
+    attention = found["attention-before-mlp"]
+    assert attention is not None
+    assert attention.verdict == "does not hold here"
+    edges = found["first-last-critical"]
+    assert edges is not None
+    assert edges.verdict == "holds in part here"
+    assert found["nanogpt-speed"] is None
+    assert found["qat-int8-below-1b"] is None
+
+
+def test_a_nanogpt_of_another_size_reproduces_nothing() -> None:
+    records = [
+        r for r in Synthetic("nanogpt").grid() if r.config["method"] in ("fp32", "int8_dynamic")
+    ]
+    groups = make_groups(make_rows(records))
+    found = ABOUT["nanogpt-ratio"](Evidence(tuple(groups), tuple(records)))
+    assert found is not None
+    assert found.verdict == DIFFERS
+    assert "3,000,000 parameters" in found.why
+    assert increase(groups[0], groups[0].rows[0]) == 0
