@@ -149,6 +149,9 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
     else:
         model_identity = model.identity(runs_dir / "cache" / "digests.json")
         evaluation = data.evaluation_digest()
+        if identity.calibrates(resolved["job"].get("options")):
+            # A job's own calibration text decides its figures as the evaluation text does a row's.
+            evaluation += data.calibration_digest()
         measures = resolved["suite"]["measures"].values()
         tasks = task_identity(measures, data.task_folder(), runs_dir / "cache")
     if "commit" in model_identity:
@@ -207,6 +210,11 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         wanted = resolved["baseline"]
         raise ConfigError(
             f"baseline is {wanted!r}; it is chosen among the methods: method@baseline={wanted}"
+        )
+    then = resolved["method"].get("then")
+    if isinstance(then, str):
+        raise ConfigError(
+            f"method.then is {then!r}; it is chosen among the methods: method@method.then={then}"
         )
     if "path" in chosen and chosen["path"] is None:
         raise ConfigError(

@@ -12,11 +12,16 @@ from hydra.utils import instantiate
 
 from harness.context import Checking
 from harness.launch import Stage
-from harness.load import meta_model
+from harness.load import describes_encoder, meta_model
 from harness.models import ModelSource
 from harness.record import write_atomically
 from kernels.errors import ConfigError
 from methods.base import ForeseeingMethod
+
+ENCODER_METHODS = (
+    "fp32, bf16, fp16, rtn, int8_dynamic, int8_static, onnx_fp32, onnx_fp16, onnx_int8_dynamic, "
+    "onnx_int8_static"
+)
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
@@ -71,6 +76,7 @@ def _problems(config: dict[str, Any]) -> list[str]:
                     "(hardware.offload); methods that can: fp32, bf16, fp16"
                 )
         source = instantiate(config["model"])
+        _check_encoder(source, config)
         for node in config["suite"]["measures"].values():
             measure = instantiate(node)
             if isinstance(measure, Checking):
@@ -81,3 +87,14 @@ def _problems(config: dict[str, Any]) -> list[str]:
         cause = error.__cause__
         found.append(str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split()))
     return found
+
+
+def _check_encoder(source: ModelSource, config: dict[str, Any]) -> None:
+    """Raise ConfigError where the model is an encoder and the method knows causal models only."""
+    method = instantiate(config["method"])
+    if getattr(method, "encoders", False) or not describes_encoder(source.architecture()):
+        return
+    raise ConfigError(
+        f"method {method.name} takes causal language models, and {source.name} is an encoder; "
+        f"methods that take encoders: {ENCODER_METHODS}"
+    )

@@ -111,6 +111,8 @@ class Measure(Protocol):
 class Comparing(Protocol):
     """A measure that compares with the unquantized model; not run where there is none."""
 
+    needs: ClassVar[frozenset[str]]
+
     def prepare(self, reference: Engine, context: Context) -> None:
         """Put what the measure compares with into the cache; `reference` is the FP32 model."""
         ...

@@ -28,6 +28,11 @@ TOKENIZER_FILES = (
 )
 QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ once said how a checkpoint is quantized: not in its config.json."""
+POOLING = "1_Pooling/config.json"
+"""Where sentence-transformers says how an encoder's tokens become one vector."""
+POOLINGS = ("mean", "cls", "max")
+POOLING_FLAG = "pooling_mode_"
+POOLING_FLAGS = ("mean_tokens", "cls_token", "max_tokens")
 FILES = (CONFIG, "generation_config.json", *QUANTIZATION_CONFIGS, *TOKENIZER_FILES)
 SAFETENSORS_PATTERNS = (WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors")
 PICKLE_PATTERNS = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
@@ -44,6 +49,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             config.setdefault("quantization_config", read_json(folder / name, name))
     return config
+
+
+def read_pooling(folder: Path) -> str:
+    """Return how the encoder in `folder` makes one vector of its tokens': mean, cls or max.
+
+    The mean where the folder does not say.
+
+    Raises:
+        ConfigError: it says something else, or several things.
+    """
+    path = folder / POOLING
+    if not path.is_file():
+        return POOLINGS[0]
+    said = read_json(path, "the encoder's pooling")
+    chosen = {key.removeprefix(POOLING_FLAG) for key, value in said.items() if value is True}
+    found = [name for name, flag in zip(POOLINGS, POOLING_FLAGS, strict=True) if chosen == {flag}]
+    if not found:
+        raise ConfigError(
+            f"{path} pools by {', '.join(sorted(chosen)) or 'nothing'}; what is known here is one "
+            f"of {', '.join(POOLING_FLAGS)} alone"
+        )
+    return found[0]
 
 
 def read_json(path: Path, role: str) -> Any:
@@ -125,7 +152,9 @@ def folder_digest(folder: Path, allow_pickle: bool, digests: Path) -> str:
     weights = weight_files(folder, allow_pickle)
     # The index says which tensor is in which file, so it counts with them.
     names = (*FILES, WEIGHTS_INDEX, PICKLE_INDEX)
-    return files_digest([*present(folder, names), *weights], digests)
+    found = files_digest([*present(folder, names), *weights], digests)
+    pooling = present(folder, [POOLING])
+    return digest([found, sha256(pooling[0])]) if pooling else found
 
 
 def present(folder: Path, names: Sequence[str]) -> list[Path]:

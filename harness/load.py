@@ -22,13 +22,21 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from harness.folders import TOKENIZER_MODELS, read_config, weight_files
+from harness.folders import TOKENIZER_MODELS, read_config, read_pooling, weight_files
 from harness.models import ModelSource
 from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
+from methods.encoders import (
+    POOLING,
+    auto_class,
+    context_length,
+    is_encoder,
+    kind_of,
+    other_heads,
+)
 from methods.engine import cap_attention
 from methods.layers import check_finite, end_names, is_tied
 
@@ -75,7 +83,7 @@ def load_model(source: ModelSource) -> tuple[Any, Any]:
 
 
 def meta_model(config: Mapping[str, Any]) -> Any:
-    """Return the causal language model of a configuration (as in config.json) on the meta device.
+    """Return the model of a configuration (as in config.json) on the meta device.
 
     That of a quantized checkpoint is the shape it was made from.
 
@@ -84,7 +92,8 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     """
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with _quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_configuration(plain)).eval()
+        configuration = _configuration(plain)
+        return auto_class(configuration).from_config(configuration).eval()
 
 
 def random_model(source: ShapeModel, device: str = "cpu") -> Any:
@@ -95,7 +104,7 @@ def random_model(source: ShapeModel, device: str = "cpu") -> Any:
     """
     config = _configuration(source.architecture())
     with _quiet(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     # Uniform: drawing normal values takes five times as long and no kernel can tell them apart.
     deviation = getattr(config, "initializer_range", None) or DEVIATION
     bound = math.sqrt(3) * float(deviation)
@@ -138,10 +147,22 @@ def model_facts(model: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tied_embeddings": is_tied(model),
         "stored_dtype": str(model.config.dtype).removeprefix("torch."),
-        "context_length": getattr(model.config, "max_position_embeddings", None),
+        "context_length": (
+            context_length(model)
+            if is_encoder(model)
+            else getattr(model.config, "max_position_embeddings", None)
+        ),
         "vocab_size": model.config.vocab_size,
         "ends": end_names(model),
     }
+
+
+def describes_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration (as in config.json) is an encoder's; False where it is unreadable."""
+    try:
+        return kind_of(_configuration(config)) in ("masked", "bare")
+    except ConfigError:
+        return False
 
 
 def _configuration(config: Mapping[str, Any]) -> Any:
@@ -168,15 +189,16 @@ def _checkpoint_model(folder: Path, allow_pickle: bool) -> Any:
             "config.json); take the unquantized one, or method=checkpoint"
         )
     configuration = _configuration(config)
-    if type(configuration) not in AutoModelForCausalLM._model_mapping:
+    if kind_of(configuration) is None:
         raise ConfigError(
-            f"{folder} holds a {config['model_type']} model, which is no causal language model"
+            f"{folder} holds a {config['model_type']} model, which is no causal language model, "
+            "and no encoder with a masked-language head in transformers"
         )
     files = weight_files(folder, allow_pickle)
     pickled = files[0].suffix == ".bin"
     stored = configuration.dtype or torch.float32 if pickled else _stored_dtype(files)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(configuration).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=not pickled,
@@ -190,6 +212,11 @@ def _checkpoint_model(folder: Path, allow_pickle: bool) -> Any:
         if "memory" in str(error):
             raise
         raise ConfigError(f"the weights in {folder} cannot be read: {_line(error)}") from error
+    if is_encoder(model):
+        if info["unexpected_keys"]:
+            info["unexpected_keys"] = set(info["unexpected_keys"]) - other_heads(model.config)
+        # In its configuration, so that the artefact says it, too.
+        setattr(model.config, POOLING, read_pooling(folder))
     _check_complete(folder, info)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():

@@ -19,6 +19,7 @@ from harness.folders import (
     CONFIG,
     FILES,
     PICKLE_PATTERNS,
+    POOLING,
     SAFETENSORS_PATTERNS,
     TOKENIZER_MODELS,
     WEIGHTS,
@@ -132,8 +133,8 @@ def reference_model(value: str | None) -> LocalModel | HubModel | None:
     return HubModel("hub", id, revision or "main")
 
 
-class _FolderModel(ABC):
-    """What the embedded and a local model share: everything is in a folder."""
+class FolderModel(ABC):
+    """What models share that are here: everything is in a folder."""
 
     trust_remote_code: ClassVar[bool] = False
     random_weights: ClassVar[bool] = False
@@ -161,7 +162,7 @@ class _FolderModel(ABC):
 
 
 @dataclass(frozen=True)
-class EmbeddedModel(_FolderModel):
+class EmbeddedModel(FolderModel):
     """The demonstration model that the project trained itself and carries with it."""
 
     name: str
@@ -188,7 +189,7 @@ class EmbeddedModel(_FolderModel):
 
 
 @dataclass(frozen=True)
-class LocalModel(_FolderModel):
+class LocalModel(FolderModel):
     """A folder in Hugging Face layout: config.json, safetensors, tokenizer.
 
     Attributes:
@@ -278,7 +279,7 @@ class HubModel:
 
     def folder(self) -> Path:
         """Return the local copy of the needed files, fetched where it is incomplete."""
-        patterns = [*FILES, *SAFETENSORS_PATTERNS]
+        patterns = [*FILES, POOLING, *SAFETENSORS_PATTERNS]
         if not self.allow_pickle:
             return self._repository.folder(patterns, self._lacks)
         folder = self._repository.folder(patterns, _lacks_config)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from harness.artefacts import Manifest, file_facts, publish, training_state
 from harness.cache import Cache
+from harness.encoder_text import frame
 from harness.launch import Stage
 from harness.load import load_model, load_tokenizer, meta_model, model_facts
 from harness.memory import peak_bytes
 from harness.models import ModelSource, unquantized
 from kernels.errors import ConfigError
 from methods.base import AdoptingMethod, Method, QuantizeReport, TrainingMethod
+from methods.encoders import is_encoder
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
@@ -76,7 +78,8 @@ def _quantized(method: Method, job: dict[str, Any], into: Path, stage: Stage) ->
     stage("loading the model")
     model, tokenizer = load_model(unquantized(instantiate(config["model"])))
     facts = model_facts(model)
-    calibration, shown = _calibration(method, config, tokenizer, Path(job["cache"]))
+    cache = Path(job["cache"])
+    calibration, shown = _calibration(method, config, tokenizer, cache, is_encoder(model))
     if calibration is not None and calibration.shape[1] > facts["context_length"]:
         raise ConfigError(
             f"method.calibration.seq_len is {calibration.shape[1]}, but model "
@@ -117,9 +120,12 @@ def _tokenizer(source: ModelSource, into: Path) -> Any:
 
 
 def _calibration(
-    method: Method, config: dict[str, Any], tokenizer: Any, cache: Path
+    method: Method, config: dict[str, Any], tokenizer: Any, cache: Path, encoder: bool
 ) -> tuple[Tensor | None, dict[str, Any] | None]:
-    """Return int64 [samples, seq_len] and what the record says; None for both if not needed."""
+    """Return int64 [samples, seq_len] and what the record says; None for both if not needed.
+
+    An `encoder` is shown crops between its tokenizer's special tokens.
+    """
     if not method.needs_calibration:
         return None, None
     if tokenizer is None:
@@ -131,6 +137,7 @@ def _calibration(
     source = instantiate(config["data"])
     texts = source.texts(tokenizer, Cache(cache))
     tokens = texts.calibration(settings.samples, settings.seq_len, settings.seed)
+    tokens = frame(tokens, tokenizer) if encoder else tokens
     shown = {
         **asdict(settings),
         "digest": source.calibration_digest(),

@@ -19,7 +19,7 @@ from harness.launch import Stage
 from harness.load import load_model
 from harness.models import unquantized
 from harness.record import write_atomically
-from methods.engine import TorchEngine
+from methods.encoder_engine import engine_of
 from methods.unquantized import DTYPES
 
 
@@ -50,7 +50,7 @@ def _prepare(
     stage("loading the reference")
     model, tokenizer = load_model(unquantized(instantiate(config["model"])))
     model = model.to(hardware.device, DTYPES[config["reference_dtype"]])
-    engine = TorchEngine(model, hardware.device, [])
+    engine = engine_of(model, hardware.device, [])
     cache = Cache(Path(job["cache"]))
     context = Context(
         tokenizer=tokenizer,
@@ -62,6 +62,7 @@ def _prepare(
         random_weights=job["random_weights"],
         seed=config["seed"],
     )
-    for name, measure in comparing.items():
+    able = {name: one for name, one in comparing.items() if one.needs <= engine.capabilities}
+    for name, measure in able.items():
         stage(f"reference: {name}")
         measure.prepare(engine, context)

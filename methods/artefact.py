@@ -16,9 +16,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from methods.base import Matrix
+from methods.encoders import auto_class
 from methods.layers import bias_of
 
 WEIGHTS = "model.safetensors"
@@ -86,7 +87,7 @@ def skeleton(folder: Path) -> Any:
     # Replaced expert stacks are read expert by expert; grouped kernels want plain parameters.
     config._experts_implementation = "eager"
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def load(

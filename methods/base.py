@@ -155,7 +155,8 @@ class Engine(Protocol):
         several ways (`Forking`); `generate`, `logprobs`: texts (`Writing`, where there are no
         logits) and log-probabilities of given tokens (`Scoring`); `memory`: the model is in this
         process, so that the process's memory and loading time are the model's; `serve`: requests
-        from several clients at once (`Serving`).
+        from several clients at once (`Serving`); `embed`, `fill`: an encoder's vectors, and what it
+        puts at masked positions (`methods.encoders.Encoding`, `Filling`).
         """
         ...
 
@@ -271,7 +272,8 @@ class Method(Protocol):
     One that can keep decoder blocks away from the device (`hardware.offload`) has
     `offloads: ClassVar[bool] = True`; others are refused there. One that stores a tied pair of
     head and embedding once, when it covers them, has `keeps_ties: ClassVar[bool] = True`; one that
-    stores what it does not cover in a type of its own names that in `rest_dtype: str`.
+    stores what it does not cover in a type of its own names that in `rest_dtype: str`. One that
+    takes encoders beside causal models has `encoders: ClassVar[bool] = True`.
 
     A method that is shown text has a field `calibration: Calibration`, so that the text is part
     of its artefact's identity; `needs_calibration` says so.

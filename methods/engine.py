@@ -54,6 +54,16 @@ def cap_attention(model: Any) -> None:
         model.set_attn_implementation("eager")
 
 
+def kernel_choices(model: Any) -> list[dict[str, Any]]:
+    """Return what the modules of `model` say of kernels chosen by measuring, each thing once."""
+    found: list[dict[str, Any]] = []
+    for module in model.modules():
+        choice = getattr(module, "choice", None)
+        if choice and choice not in found:
+            found.append(choice)
+    return found
+
+
 class TorchEngine:
     """Runs `model` (in eval mode, on `device`) token by token, with its keys and values kept.
 
@@ -93,12 +103,7 @@ class TorchEngine:
     @property
     def choices(self) -> list[dict[str, Any]]:
         """What was measured to choose kernels by the number of tokens, once for each shape."""
-        found: list[dict[str, Any]] = []
-        for module in self.model.modules():
-            choice = getattr(module, "choice", None)
-            if choice and choice not in found:
-                found.append(choice)
-        return found
+        return kernel_choices(self.model)
 
     @property
     def capabilities(self) -> frozenset[str]:

@@ -38,7 +38,7 @@ from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.artefact import dtype_name, stored_bias
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.encoder_engine import engine_of
 from methods.int8_dynamic_layers import (
     INT_MM_MULTIPLE,
     PackedEmbedding,
@@ -72,6 +72,7 @@ class Int8Dynamic:
     keep: Sequence[str] = ()
 
     needs_calibration: ClassVar[bool] = False
+    encoders: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
@@ -207,7 +208,7 @@ class Int8Dynamic:
                 )
             )
         # On a CPU one scale holds for the activations of a call, on a card one for each token.
-        return TorchEngine(model, hardware.device, uses, couples_rows=hardware.device == "cpu")
+        return engine_of(model, hardware.device, uses, couples_rows=hardware.device == "cpu")
 
 
 def _runnable(

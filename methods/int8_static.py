@@ -31,7 +31,7 @@ from methods import artefact as artefacts
 from methods.affine import Affine, quantize
 from methods.artefact import dtype_name, stored_bias
 from methods.base import Calibration, Engine, Hardware, KernelUse, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.encoder_engine import engine_of
 from methods.int8_linear import DEQUANTIZED, PATH_TOLERANCE, STACKED_EXPERTS, untie
 from methods.layers import Scope, check_finite, replace, select_linears, weight_of
 from methods.observers import (
@@ -158,6 +158,7 @@ class Int8Static:
     keep: Sequence[str] = ()
 
     needs_calibration: ClassVar[bool] = True
+    encoders: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
@@ -283,7 +284,7 @@ class Int8Static:
                     weights,
                 )
             )
-        return TorchEngine(model, hardware.device, uses)
+        return engine_of(model, hardware.device, uses)
 
 
 def _empty(name: str, facts: artefacts.Facts) -> nn.Module:

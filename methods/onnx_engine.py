@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.errors import ConfigError
 from methods.base import Cache, Execution, Hardware, KernelUse
 from methods.engine import CAPABILITIES
+from methods.onnx_encoder import MASK, OnnxEncoder
 from methods.onnx_graph import MODEL, read_facts, require_onnx, tensor_bytes
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -154,6 +155,10 @@ class OnnxEngine:
             [OrtValue.ortvalue_from_shape_and_type(s, "float32", self.device) for s in shapes]
         )
 
+    def first_run(self) -> None:
+        """Read one token, so that the session's profile has every matrix."""
+        self.prefill(torch.zeros(1, 1, dtype=torch.int64))
+
     def stored_bytes(self) -> dict[str, int]:
         """Return the bytes of each tensor of the graph, from its description."""
         return tensor_bytes(self.artefact)
@@ -167,7 +172,9 @@ class OnnxEngine:
         self.session = None
 
 
-def load_engine(artefact: Path, hardware: Hardware, describe: Describe, owner: str) -> OnnxEngine:
+def load_engine(
+    artefact: Path, hardware: Hardware, describe: Describe, owner: str
+) -> OnnxEngine | OnnxEncoder:
     """Load the graph in folder `artefact` and find out which kernels run its matrices.
 
     Raises:
@@ -192,8 +199,10 @@ def load_engine(artefact: Path, hardware: Hardware, describe: Describe, owner: s
         session = onnxruntime.InferenceSession(
             artefact / MODEL, options, providers=[PROVIDERS[hardware.device]]
         )
-        engine = OnnxEngine(session, hardware.device, artefact)
-        engine.prefill(torch.zeros(1, 1, dtype=torch.int64))
+        masked = MASK in [one.name for one in session.get_inputs()]
+        kind = OnnxEncoder if masked else OnnxEngine
+        engine = kind(session, hardware.device, artefact)
+        engine.first_run()
         events = json.loads(Path(session.end_profiling()).read_text())
     operators = operators_of(events, engine.facts.maps, engine.facts.matrices)
     for name, operator in operators.items():

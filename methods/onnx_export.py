@@ -1,5 +1,7 @@
 """A transformers causal language model as an ONNX graph with a cache, through torch.export.
 
+Of an encoder (`methods.onnx_encoder`) the graph has another signature, and no cache.
+
 Inputs: `input_ids` int64 [B, T]; `logits_to_keep` int64 [L], the positions among the T whose logits
 are wanted, so that a prefill for the last token's does not multiply the head with all; and for each
 layer `past_key_values.N.key` and `.value` float32 [B, kv heads, P, head_dim], P zero at first (the
@@ -33,6 +35,7 @@ from kernels.errors import ConfigError
 from methods import onnx_graph
 from methods.artefact import checkpoint_dtype
 from methods.base import Matrix
+from methods.encoders import context_length, is_encoder
 from methods.layers import (
     Scope,
     Selection,
@@ -44,6 +47,7 @@ from methods.layers import (
     select,
     weight_of,
 )
+from methods.onnx_encoder import Encoded, tracing
 from methods.onnx_graph import MODEL, Facts
 
 EXAMPLE_BATCH, EXAMPLE_PAST, EXAMPLE_TOKENS = 2, 3, 5
@@ -101,6 +105,8 @@ def select_maps(model: Any, scope: Scope, owner: str) -> Selection:
             f"{owner} cannot export {kind}: it keeps its experts in stacks ({stacks[0]}), which "
             "torch.onnx does not translate; use method=rtn"
         )
+    if is_encoder(model):
+        return selection
     layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not layers <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ConfigError(
@@ -151,7 +157,7 @@ def export(model: Any, matrices: list[Matrix], into: Path) -> list[str]:
         maps,
         [matrix.name for matrix in matrices],
         int(config.vocab_size),
-        int(config.max_position_embeddings),
+        context_length(model) if is_encoder(model) else int(config.max_position_embeddings),
     )
     onnx_graph.write_facts(into, facts)
     if apart:
@@ -176,7 +182,7 @@ def float32_notes(model: Any) -> list[str]:
 
 def _write_graph(model: Any, into: Path, tied: dict[str, str], maps: dict[str, list[int]]) -> None:
     """Trace `model` and write the graph with the names of this project."""
-    program = _trace(Cached(model))
+    program = _trace_encoder(Encoded(model)) if is_encoder(model) else _trace(Cached(model))
     with TemporaryDirectory(dir=into) as folder:
         with _quiet():
             program.save(Path(folder) / MODEL, external_data=True)
@@ -223,6 +229,16 @@ def _trace(model: Cached) -> Any:
                 {0: kept},
                 tuple({0: batch, 2: read} for _ in past),
             ),
+        )
+
+
+def _trace_encoder(model: Encoded) -> Any:
+    """Return the ONNX program of the encoder `model`, batch and length left open."""
+    model.model.set_attn_implementation("eager")
+    model.requires_grad_(False)
+    with _quiet(), _refusals(type(model.model).__name__):
+        return torch.onnx.export(
+            model.eval(), dynamo=True, optimize=False, verbose=False, **tracing(model)
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from methods import artefact as artefacts
 from methods.base import Matrix
+from methods.encoders import is_encoder
 from methods.library import put_linear, require
 
 MODEL = "model.onnx"
@@ -162,20 +163,32 @@ def plain_model(artefact: Path, stored: dict[str, Tensor], modules: dict[str, nn
         else:
             weight = stored[f"{name}{WEIGHT}"].float().T
             put_linear(model, matrix, weight, bias_of(stored, name))
+    if is_encoder(model):
+        _drop_unread(model, stored)
     inside = tuple(f"{name}." for name in facts.maps)
     embedding = model.get_input_embeddings().weight
     embeddings = [name for name, one in model.named_parameters() if one is embedding]
+    pairs = getattr(model, "all_tied_weights_keys", {}).items()
+    tied = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.startswith(inside):
             continue
-        # A tied head is stored once, under the embedding's name.
-        source = name if name in stored else embeddings[0]
-        if name not in stored and parameter.shape != embedding.shape:
+        # A tied head is stored once, under the embedding's name; so is its bias, under one name.
+        source = name if name in stored else tied.get(name, embeddings[0])
+        if source not in stored or (name != source and parameter.shape != stored[source].shape):
             raise RuntimeError(f"the graph has no tensor {name}")
         state[name] = stored[source].float()
     model.load_state_dict(state, strict=False, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _drop_unread(model: Any, stored: dict[str, Tensor]) -> None:
+    """Take away the parts of an encoder that its graph does not need: a pooler."""
+    for name, child in list(model.named_children()):
+        parameters = [f"{name}.{own}" for own, _ in child.named_parameters()]
+        if parameters and not any(one in stored for one in parameters):
+            setattr(model, name, None)
 
 
 def bias_of(stored: dict[str, Tensor], name: str) -> Tensor | None:

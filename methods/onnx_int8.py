@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from methods import onnx_graph
 from methods.base import Engine, Execution, Hardware, KernelUse, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.encoder_engine import engine_of
 from methods.layers import Scope
 from methods.library import check_covered
 from methods.onnx_engine import check_hardware, load_engine
@@ -114,7 +114,7 @@ def decode(stored: dict[str, Tensor], name: str) -> Tensor:
 
 def plain_engine(
     artefact: Path, stored: dict[str, Tensor], grids: Mapping[str, tuple[Grid | None, Grid | None]]
-) -> TorchEngine:
+) -> Engine:
     """Return a transformers model of the artefact with `RoundedLinear`s where it has integers."""
     modules = {
         name: RoundedLinear(decode(stored, name), onnx_graph.bias_of(stored, name), *own)
@@ -126,7 +126,7 @@ def plain_engine(
         KernelUse(name, "RoundedLinear", kernel, "dequantized", module.weight.numel())
         for name, module in modules.items()
     ]
-    return TorchEngine(model, "cpu", uses)
+    return engine_of(model, "cpu", uses)
 
 
 def describe_integers(operator: str, activations: str, reduced: bool) -> tuple[str, Execution]:
@@ -197,6 +197,7 @@ class OnnxInt8Dynamic(IntegerMaps):
     keep: Sequence[str] = ()
 
     needs_calibration: ClassVar[bool] = False
+    encoders: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:

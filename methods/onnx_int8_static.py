@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods.base import Calibration, Engine, Execution, Hardware, Matrix, QuantizeReport
 from methods.library import check_covered
+from methods.onnx_encoder import MASK
 from methods.onnx_engine import ERRORS_ONLY, FEEDS, KEPT, PROVIDERS, load_engine
 from methods.onnx_export import copy_facts, export, float32_notes, select_finite
 from methods.onnx_graph import MODEL, WEIGHT, read, require_onnx, tensors_of
@@ -78,6 +79,7 @@ class OnnxInt8Static(IntegerMaps):
     keep: Sequence[str] = ()
 
     needs_calibration: ClassVar[bool] = True
+    encoders: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
@@ -234,12 +236,14 @@ class _OneSample:
     def __init__(self, session: Any, sample: Tensor, first: int) -> None:
         import numpy
 
-        self._feeds: dict[str, Any] | None = {
-            FEEDS: sample[None].numpy(),
-            KEPT: torch.arange(first, len(sample)).numpy(),
-        }
+        ids = sample[None].numpy()
+        kept = torch.arange(first, len(sample)).numpy()
+        known = {FEEDS: ids, KEPT: kept, MASK: numpy.ones_like(ids)}
+        self._feeds: dict[str, Any] | None = {}
         for one in session.get_inputs():
-            if len(one.shape) == 4:
+            if one.name in known:
+                self._feeds[one.name] = known[one.name]
+            else:
                 empty = (1, one.shape[1], 0, one.shape[3])
                 self._feeds[one.name] = numpy.zeros(empty, numpy.float32)
 

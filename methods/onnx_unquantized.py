@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kernels.errors import ConfigError
 from methods import onnx_graph
 from methods.base import Engine, Execution, Hardware, Matrix, QuantizeReport
-from methods.engine import TorchEngine
+from methods.encoder_engine import engine_of
 from methods.layers import Scope, check_finite
 from methods.library import uses_of
 from methods.onnx_engine import check_hardware, load_engine
@@ -42,6 +42,7 @@ class OnnxUnquantized:
     dtype: str
 
     needs_calibration: ClassVar[bool] = False
+    encoders: ClassVar[bool] = True
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class OnnxUnquantized:
         facts = onnx_graph.read_facts(artefact)
         matrices = [facts.matrix(name) for name in facts.matrices]
         uses = uses_of(model, matrices, DECODED, "dequantized")
-        return TorchEngine(model, "cpu", uses)
+        return engine_of(model, "cpu", uses)
 
 
 def _store_as_float16(graph: Any, parameters: set[str]) -> None:

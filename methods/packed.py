@@ -6,7 +6,7 @@ deployed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from methods import artefact as artefacts
-from methods.base import Engine, Hardware
+from methods.base import Engine, Hardware, KernelUse
 from methods.decode import fast_decode
+from methods.encoder_engine import engine_of
+from methods.encoders import is_encoder
 from methods.engine import TorchEngine, relative_difference
 from methods.fused import fuse, told
 from methods.linear import QuantizedModule, empty
@@ -47,10 +49,12 @@ def load_engine(
     hardware: Hardware,
     packed: bool = True,
     build: Callable[[artefacts.Facts], QuantizedModule] = empty,
-) -> TorchEngine:
+    others: Sequence[KernelUse] = (),
+) -> Engine:
     """Load an artefact for `hardware`; `packed=False` dequantizes every matrix at each call.
 
-    `build` makes the empty module of each layer from its facts. Where every matrix is dequantized
+    `build` makes the empty module of each layer from its facts; `others` are matrices in the
+    method's scope that are stored in floating point. Where every matrix is dequantized
     the model itself decodes, too: the packed path is held against it.
 
     Raises:
@@ -60,13 +64,13 @@ def load_engine(
     model = artefacts.load(artefact, lambda name, facts: build(facts), dtype, hardware.device)
     # A launch costs as much as a small matrix on a card; the C code shares activations anyway.
     groups = fuse(model) if packed and hardware.device == "cuda" else []
-    uses = []
+    uses = list(others)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             module.prepare(name, hardware, packed)
             uses.append(module.use(name))
-    if not packed:
-        return TorchEngine(model, hardware.device, uses)
+    if not packed or is_encoder(model):
+        return engine_of(model, hardware.device, told(uses, groups))
     fast, remark = fast_decode(model, hardware)
     return TorchEngine(model, hardware.device, told(uses, groups), fast=fast, remark=remark)
 

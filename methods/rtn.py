@@ -9,7 +9,7 @@ quality and other speed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -37,6 +37,7 @@ from methods.options import refuse_emulated
 from methods.packed import PATH_TOLERANCE, load_engine
 
 ON_INDIVISIBLE = ("error", "pad")
+TERNARY = "symmetric 2 bits: the codes used are -1, 0 and 1 (ternary)"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class RTN:
     activation_bits: int | None = None
 
     needs_calibration: ClassVar[bool] = False
+    encoders: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # Checked here, before any weight is loaded.
@@ -152,6 +154,22 @@ class RTN:
         Raises:
             ConfigError: a weight is not finite, or see `select`.
         """
+        report = self.store(
+            model,
+            into,
+            lambda matrix: quantize(matrix.name, weight_of(model, matrix), self.affine),
+        )
+        notes = [*report.notes, TERNARY] if self.symmetric and self.bits == 2 else report.notes
+        return dataclasses.replace(report, notes=notes)
+
+    def store(
+        self, model: nn.Module, into: Path, rounded: Callable[[Matrix], Quantized]
+    ) -> QuantizeReport:
+        """Do what `quantize` does with the codes that `rounded` gives for each matrix.
+
+        Raises:
+            ConfigError: a weight is not finite, or see `select`.
+        """
         matrices, left_out = self.select(model)
         notes = self._notes(model, matrices)
         if is_tied(model) and any(matrix.role != "block" for matrix in matrices):
@@ -160,7 +178,7 @@ class RTN:
         layers: dict[str, dict[str, Any]] = {}
         subnormal = 0
         for matrix in matrices:
-            quantized = quantize(matrix.name, weight_of(model, matrix), self.affine)
+            quantized = rounded(matrix)
             subnormal += quantized.subnormal_scales
             module = self._module(model, matrix, quantized)
             layers[matrix.name] = module.facts()
@@ -203,8 +221,6 @@ class RTN:
     def _notes(self, model: nn.Module, matrices: list[Matrix]) -> list[str]:
         """Return what a reader of the row must know of `matrices` beside the options."""
         notes = [] if self.activation_bits is None else [rtn_activations.NOTE]
-        if self.symmetric and self.bits == 2:
-            notes.append("symmetric 2 bits: the codes used are -1, 0 and 1 (ternary)")
         padded = {
             (matrix.in_features, self.affine.padded(matrix.in_features))
             for matrix in matrices

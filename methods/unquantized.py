@@ -19,6 +19,8 @@ from kernels.errors import ConfigError
 from methods import artefact as artefacts
 from methods.base import Engine, Hardware, KernelUse, Matrix, QuantizeReport
 from methods.decode import fast_decode
+from methods.encoder_engine import EncoderEngine
+from methods.encoders import is_encoder
 from methods.engine import TorchEngine
 from methods.fused import fuse, told
 from methods.layers import Scope, bias_of, check_finite, replace, select, weight_of
@@ -80,6 +82,7 @@ class Unquantized:
 
     needs_calibration: ClassVar[bool] = False
     offloads: ClassVar[bool] = True
+    encoders: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -150,6 +153,8 @@ class Unquantized:
             return offloaded_engine(model, hardware, uses, artefact)
         if hardware.device == "cuda":
             uses = told(uses, fuse(model))
+        if is_encoder(model):
+            return EncoderEngine(model, hardware.device, uses)
         fast, remark = fast_decode(model, hardware)
         return TorchEngine(model, hardware.device, uses, fast=fast, remark=remark)
 

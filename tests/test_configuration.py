@@ -15,7 +15,9 @@ from kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = ("model", "method", "hardware", "suite", "job")
+GROUPS = ("model", "method", "hardware", "suite", "job", "profile", "search")
+PACKAGES = ("harness", "methods", "reports", "hydra_plugins")
+PROFILES = [path.stem for path in sorted((CONF / "profile").glob("*.yaml"))]
 SOURCES = [path.stem for path in sorted((CONF / "data").glob("*.yaml"))]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
@@ -23,6 +25,11 @@ CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 def composed(*overrides: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))
+
+
+def chosen(group: str, choice: str, *overrides: str) -> Any:
+    """The whole configuration with one choice; a search stands in no list of defaults."""
+    return composed(f"{'+' if group == 'search' else ''}{group}={choice}", *overrides)
 
 
 def targets(node: Any) -> list[str]:
@@ -38,7 +45,7 @@ def test_there_are_choices_in_every_group() -> None:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_a_choice_composes_and_is_named_as_its_file(group: str, choice: str) -> None:
-    node = composed(f"{group}={choice}")[group]
+    node = chosen(group, choice)[group]
     # llama.cpp's types are methods of their own in every table.
     kind = f"gguf_{node.type}" if group == "method" and choice.startswith("gguf") else "gguf"
     assert node.name == choice.replace("gguf", kind)
@@ -51,9 +58,10 @@ def test_what_a_choice_names_can_be_built(group: str, choice: str, tmp_path: Pat
     given = {
         ("model", "local"): [f"model.path={tmp_path}"],
         ("model", "gguf"): [f"model.path={tmp_path}"],
+        ("model", "nanogpt"): [f"model.checkpoint={tmp_path}"],
         ("method", "server"): ["method.url=http://127.0.0.1:1"],
     }
-    config = composed(f"{group}={choice}", *given.get((group, choice), []))
+    config = chosen(group, choice, *given.get((group, choice), []))
     plain = OmegaConf.to_container(config[group], resolve=True)
     if group == "suite":
         assert plain["measures"] or plain.get("size_only")  # type: ignore[index,call-overload]
@@ -69,11 +77,35 @@ def test_every_source_of_text_can_be_built(source: str, tmp_path: Path) -> None:
     assert instantiate(config.data[source]).name == source
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_names_a_method_that_can_be_built(profile: str) -> None:
+    config = composed(f"profile={profile}", "job=deploy")
+    assert instantiate(config.method).name == config.method.name
+    assert config.suite.name == "deploy"
+    assert config.profile.device
+
+
+def test_the_command_line_stands_above_a_profile() -> None:
+    config = composed("profile=mobile_device")
+    assert (config.method.bits, config.method.group_size) == (4, 64)
+    config = composed("profile=mobile_device", "bits=8", "suite=smoke", "job=deploy")
+    assert (config.method.bits, config.method.group_size, config.suite.name) == (8, 64, "smoke")
+    assert composed("profile=gpu_server", "hardware=cpu").hardware.device == "cpu"
+
+
+def test_the_documents_search_has_their_grid_and_a_suite_of_its_own() -> None:
+    config = composed("+search=documents")
+    counts = [len(str(values).split(",")) for values in config.search.axes.values()]
+    assert counts == [1, 2, 3, 2]
+    assert config.suite.name == "search"
+    assert "perplexity" in config.suite.measures
+
+
 def test_targets_lie_in_the_project() -> None:
     for group, choice in CHOICES:
         node = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"))
         for target in targets(node):
-            assert target.split(".")[0] in ("harness", "methods", "reports"), (group, choice)
+            assert target.split(".")[0] in PACKAGES, (group, choice)
 
 
 def test_no_configuration_folder_is_a_package() -> None:

@@ -20,6 +20,8 @@ NOT_HERE = {
     "server": "needs a running server: tests/methods/test_server.py",
     "gguf_server": "answers other measures: tests/methods/test_gguf_server.py",
 }
+TRAINED = {"distill_quant", "lsq", "qat"}
+"""Methods with an option for the steps of their training, which default to minutes."""
 METHODS = [path.stem for path in sorted((ROOT / "conf" / "method").glob("*.yaml"))]
 SIMULATED = {"eetq"}
 
@@ -60,9 +62,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     write_model(folder / "model")
     write_text(folder / "scored.txt", 1)
     write_text(folder / "shown.txt", 2)
-    done = quantbench(
-        "-m",
-        f"method={','.join(name for name in METHODS if name not in NOT_HERE)}",
+    common = (
         "bits=4",
         "group_size=32",
         "model=local",
@@ -74,7 +74,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
         "~suite.measures.speed",
         f"runs_dir={folder / 'runs'}",
     )
-    return folder, done
+    few = ("++method.training.steps=2", "++method.training.warmup=0")
+    trained = quantbench("-m", f"method={','.join(sorted(TRAINED))}", *few, *common)
+    assert trained.code == 0, trained.out
+    others = [name for name in METHODS if name not in {*NOT_HERE, *TRAINED}]
+    return folder, quantbench("-m", f"method={','.join(others)}", *common)
 
 
 def by_method(folder: Path) -> dict[str, Record]:

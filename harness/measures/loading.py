@@ -1,4 +1,4 @@
-"""Time from the artefact on disk to a loaded engine, and to its first logits.
+"""Time from the artefact on disk to a loaded engine, and to its first logits or embedding.
 
 The artefact has just been read, so its files are in the system's page cache: what is measured is
 the work of loading, not the disk. A file that is mapped into memory is read when its weights are
@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from harness.context import Context
 from harness.measures.bandwidth import synchronize
@@ -20,6 +21,7 @@ from harness.measures.execution import is_simulated
 from harness.record import Value
 from kernels.errors import ConfigError
 from methods.base import Engine
+from methods.encoders import EMBED, Encoding
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Loading:
     repeats: int = 3
 
     quality: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"memory", "logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"memory"})
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -53,7 +55,7 @@ class Loading:
                 other = load()
                 synchronize(device)
                 loaded[way].append(time.perf_counter() - start)
-                other.prefill(token, last=1)
+                _read(other, token)
                 synchronize(device)
                 first[way].append(time.perf_counter() - start)
                 other.close()
@@ -68,5 +70,18 @@ class Loading:
                 samples=tuple(samples[way]),
             )
             for way in context.loaders
-            for metric, samples in (("load_seconds", loaded), ("first_logits_seconds", first))
+            for metric, samples in (("load_seconds", loaded), (_first_answer(engine), first))
         ]
+
+
+def _read(engine: Engine, token: Tensor) -> None:
+    """Let `engine` answer once, to int64 `token` [1, 1]."""
+    if EMBED in engine.capabilities:
+        cast(Encoding, engine).embed(token, torch.ones_like(token))
+    else:
+        engine.prefill(token, last=1)
+
+
+def _first_answer(engine: Engine) -> str:
+    encodes = EMBED in engine.capabilities
+    return "first_embedding_seconds" if encodes else "first_logits_seconds"

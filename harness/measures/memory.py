@@ -7,7 +7,7 @@ measures need for themselves (logits of whole windows, a baseline) is not the mo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psutil
 import torch
@@ -21,11 +21,14 @@ from harness.memory import peak_bytes
 from harness.record import Value
 from kernels.errors import ConfigError
 from methods.base import Engine, SizedCache
+from methods.encoders import EMBED, Encoding
 
 
 @dataclass(frozen=True)
 class Memory:
     """Peak memory of loading, reading `depth` tokens and writing one; bytes of the cache then.
+
+    An encoder writes nothing and keeps nothing: its peak is that of reading them.
 
     Attributes:
         depth: tokens in the context.
@@ -34,7 +37,7 @@ class Memory:
     depth: int = 128
 
     quality: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"cache", "memory"})
+    needs: ClassVar[frozenset[str]] = frozenset({"memory"})
     goes_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -49,16 +52,22 @@ class Memory:
         """
         if is_simulated(engine):
             return []
-        if self.depth + 1 > engine.context_length:
+        encodes = EMBED in engine.capabilities
+        if self.depth + (not encodes) > engine.context_length:
+            written = "" if encodes else ", the written one included"
             raise ConfigError(
                 f"memory's depth is {self.depth}, but the model reads at most "
-                f"{engine.context_length} tokens, the written one included"
+                f"{engine.context_length} tokens{written}"
             )
         generator = torch.Generator().manual_seed(context.seed)
         ids = torch.randint(engine.vocab_size, (1, self.depth), generator=generator)
-        _, cache = engine.prefill(ids, last=1)
-        held = kept_bytes(cache)
-        engine.decode(ids[:, :1], cache)
+        held = None
+        if encodes:
+            cast(Encoding, engine).embed(ids, torch.ones_like(ids))
+        else:
+            _, cache = engine.prefill(ids, last=1)
+            held = kept_bytes(cache)
+            engine.decode(ids[:, :1], cache)
         values = [
             Value("memory", "peak_memory_bytes", f"{where}_depth{self.depth}", float(n), "B", False)
             for where, n in _peaks(context).items()

@@ -28,6 +28,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 # As published: model cards, papers, and the safetensors totals of the repositories.
 PARAMETERS = {
     "gpt2": 124_439_808,
+    "bert-base-uncased": 109_514_298,  # of 110,106,428 in the file, without pooler and second head
     "opt-125m": 125_239_296,
     "pythia-160m": 162_322_944,
     "smollm2-135m": 134_515_008,
@@ -45,7 +46,7 @@ PARAMETERS = {
     "shape-1b": 1_100_048_384,
     "shape-llama-7b": 6_738_415_616,
 }
-WITHOUT_CONFIG = {"embedded", "local", "hub", "gguf"}
+WITHOUT_CONFIG = {"embedded", "local", "hub", "gguf", "minilm", "nanogpt"}
 
 
 def source_of(choice: str) -> ModelSource:
