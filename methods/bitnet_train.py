@@ -33,7 +33,7 @@ from methods.chained import Chained, hand_on, merged
 from methods.engine import TorchEngine, relative_difference
 from methods.gguf import Gguf, TypedMatrix
 from methods.layers import weight_of
-from methods.options import need_calibration, require_flags
+from methods.options import require_flags
 from methods.quantization_aware import (
     CHECKED_CROPS,
     EQUALITY_TOLERANCE,
@@ -42,7 +42,7 @@ from methods.quantization_aware import (
     ReadPlainly,
 )
 from methods.straight_through import RoundedModel, straight_through
-from methods.training import Schedule, fit, next_token_loss
+from methods.training import Schedule, fit, next_token_loss, train_at_once
 
 STARTS = ("weights", "scratch")
 TERNARY_TYPES = ("TQ1_0", "TQ2_0")
@@ -116,9 +116,7 @@ class TrainedBitNet(BitNet):
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
     ) -> QuantizeReport:
         """Do what `train` does, with nothing kept of an attempt that was ended."""
-        crops = need_calibration(self.name, calibration)
-        with tempfile.TemporaryDirectory() as state:
-            return self.train(model, tokenizer, crops, into, Path(state), lambda text: None)
+        return train_at_once(self, self.name, model, tokenizer, calibration, into)
 
     def train(
         self,

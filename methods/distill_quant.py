@@ -13,7 +13,6 @@ the teacher, as every row is.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,13 @@ from kernels.errors import ConfigError
 from methods.base import Calibration, QuantizeReport
 from methods.chained import Chained, calibration_of, check_crops, hand_on, merged
 from methods.layers import decoder_blocks, is_tied
-from methods.options import need_calibration
-from methods.training import Schedule, divergence_loss, fit, next_token_loss
+from methods.training import (
+    Schedule,
+    divergence_loss,
+    fit,
+    next_token_loss,
+    train_at_once,
+)
 
 LAYERS_FIELD = "num_hidden_layers"
 """What transformers' configurations call the number of blocks, whatever their files do."""
@@ -105,9 +109,7 @@ class DistillQuant(Chained):
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
     ) -> QuantizeReport:
         """Do what `train` does, with nothing kept of an attempt that was ended."""
-        crops = need_calibration(self.name, calibration)
-        with tempfile.TemporaryDirectory() as state:
-            return self.train(model, tokenizer, crops, into, Path(state), lambda text: None)
+        return train_at_once(self, self.name, model, tokenizer, calibration, into)
 
     def train(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,16 @@ from kernels.errors import ConfigError
 from methods.artefact import checkpoint_dtype
 from methods.base import Calibration, Engine, Hardware, Matrix, QuantizeReport
 from methods.engine import relative_difference
-from methods.options import names, need_calibration
+from methods.options import names
 from methods.rtn import RTN
 from methods.straight_through import RoundedModel, WeightRounding
-from methods.training import Schedule, divergence_loss, fit, next_token_loss
+from methods.training import (
+    Schedule,
+    divergence_loss,
+    fit,
+    next_token_loss,
+    train_at_once,
+)
 
 PRECISIONS = ("float32", "bfloat16")
 CHECKED_CROPS = 4
@@ -160,9 +165,7 @@ class QuantizationAware:
         self, model: nn.Module, tokenizer: Any, calibration: Tensor | None, into: Path
     ) -> QuantizeReport:
         """Do what `train` does, with nothing kept of an attempt that was ended."""
-        crops = need_calibration(self.name, calibration)
-        with tempfile.TemporaryDirectory() as state:
-            return self.train(model, tokenizer, crops, into, Path(state), lambda text: None)
+        return train_at_once(self, self.name, model, tokenizer, calibration, into)
 
     def train(
         self,

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.errors import ConfigError
+from methods.base import QuantizeReport, TrainingMethod
+from methods.options import need_calibration
 
 STATE = "state.safetensors"
 FORMAT = 1
@@ -178,6 +181,23 @@ def fit(
             said = now
     tokens = schedule.steps * schedule.batch * crops.shape[1]
     return Fit(progress.curve, progress.seconds, progress.resumed_at, tokens)
+
+
+def train_at_once(
+    method: TrainingMethod,
+    owner: str,
+    model: nn.Module,
+    tokenizer: Any,
+    calibration: Tensor | None,
+    into: Path,
+) -> QuantizeReport:
+    """Let `method` train in a folder that is gone afterwards: nothing is kept of an ended attempt.
+
+    `owner` is its name, for the error where there is no `calibration`.
+    """
+    crops = need_calibration(owner, calibration)
+    with tempfile.TemporaryDirectory() as state:
+        return method.train(model, tokenizer, crops, into, Path(state), lambda text: None)
 
 
 def batch_at(step: int, crops: Tensor, batch: int) -> Tensor:

@@ -54,7 +54,7 @@ def deploy_blocks(records: Iterable[Record]) -> list[Block]:
 def _deployment(record: Record, found: Mapping[str, Any]) -> Block:
     config, profile = record.config, found.get("profile")
     checks = [mapping(check) for check in sequence(found.get("checks"))]
-    states = [_state(check) for check in checks]
+    states = [state_of(check) for check in checks]
     named = f"profile {profile}" if profile else "no profile"
     counts = ", ".join(
         f"{states.count(s)} {s}" for s in (*VERDICTS.values(), NO_LIMIT) if s in states
@@ -65,8 +65,8 @@ def _deployment(record: Record, found: Mapping[str, Any]) -> Block:
         (
             Field(str(check.get("name", "")).replace("_", " ")),
             Field(state),
-            Field(_shown(check.get("wanted"), check, "no limit")),
-            Field(_shown(check.get("found"), check, words.UNKNOWN)),
+            Field(shown(check.get("wanted"), check, "no limit")),
+            Field(shown(check.get("found"), check, words.UNKNOWN)),
             Field(str(check.get("why") or "")),
         )
         for check, state in zip(checks, states, strict=True)
@@ -91,14 +91,15 @@ def _where(found: Mapping[str, Any]) -> list[str]:
     return [f"Checked on {checked}; the profile is meant for {meant}."]
 
 
-def _state(check: Mapping[str, Any]) -> str:
+def state_of(check: Mapping[str, Any]) -> str:
+    """Return PASS, FAIL, that it was not measured, or that there is no limit."""
     passed = check.get("passed")
     if not isinstance(passed, bool) and check.get("found") is not None:
         return NO_LIMIT
     return VERDICTS[passed if isinstance(passed, bool) else None]
 
 
-def _shown(value: Any, check: Mapping[str, Any], absent: str) -> str:
+def shown(value: Any, check: Mapping[str, Any], absent: str) -> str:
     """Return a limit or a figure in the check's unit."""
     if value is None:
         return absent

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.record import Record
-
-VERDICTS = {True: "PASS", False: "FAIL", None: "-"}
+from reports import words
+from reports.jobs import shown, state_of
 
 
 def succeeded(record: Record) -> bool:
@@ -34,11 +34,12 @@ def _deploy_text(found: Mapping[str, Any]) -> str:
         lines[-1] += f"; the profile is meant for {found['meant_for']}"
     checks = found["checks"]
     width = max(len(check["name"]) for check in checks)
+    states = max(len(state_of(check)) for check in checks)
     for check in checks:
-        figure = f"{check['name']:{width}}  {_quantity(check['found'], check['unit'])}"
+        figure = f"{check['name']:{width}}  {shown(check['found'], check, words.NOT_MEASURED)}"
         if isinstance(check["wanted"], float):
-            figure += f" (limit {_quantity(check['wanted'], check['unit'])})"
-        lines.append(f"  {VERDICTS[check['passed']]:4}  {figure}: {check['why']}")
+            figure += f" (limit {shown(check['wanted'], check, '')})"
+        lines.append(f"  {state_of(check):{states}}  {figure}: {check['why']}")
     failed = [check["name"] for check in checks if check["passed"] is False]
     said = f"not passed: {', '.join(failed)}" if failed else "passed"
     return "\n".join([*lines, f"  {said}; artefact: {found['artefact']}"])
@@ -74,18 +75,3 @@ def _row(row: Mapping[str, Any]) -> str:
         f"{size}  {100 * row['increase']:+.2f} %{interval} on {row['windows']} windows: "
         f"{row['verdict']}"
     )
-
-
-def _quantity(value: float | str | None, unit: str) -> str:
-    """Return a figure as people read it."""
-    if value is None:
-        return "not measured"
-    if isinstance(value, str):
-        return value
-    if unit == "share":
-        return f"{100 * value:.3g} %"
-    if unit == "B":
-        return f"{value / 1e6:,.3f} MB"
-    if unit == "s":
-        return f"{1e3 * value:.3g} ms"
-    return f"{value:.4g} {unit}".rstrip()
