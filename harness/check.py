@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ ENCODER_METHODS = (
     "fp32, bf16, fp16, rtn, int8_dynamic, int8_static, onnx_fp32, onnx_fp16, onnx_int8_dynamic, "
     "onnx_int8_static"
 )
+
+UNKNOWN_OPTION = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
@@ -84,9 +87,28 @@ def _problems(config: dict[str, Any]) -> list[str]:
     except ConfigError as error:
         found.append(str(error))
     except InstantiationException as error:
-        cause = error.__cause__
-        found.append(str(cause) if isinstance(cause, ConfigError) else " ".join(str(error).split()))
+        found.append(_sentence(error, config))
     return found
+
+
+def _sentence(error: InstantiationException, config: dict[str, Any]) -> str:
+    """Return what a failed instantiation says to whoever wrote the configuration."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    unknown = UNKNOWN_OPTION.search(str(cause))
+    if unknown is None:
+        return " ".join(str(error).split())
+    target, option = unknown.groups()
+    owners = {
+        node["_target_"].rpartition(".")[2]: f"{group} {node['name']}"
+        for group, node in config.items()
+        if isinstance(node, dict) and "_target_" in node and "name" in node
+    }
+    return (
+        f"{owners.get(target, target)} has no option {option!r}; leave it out where it is given: "
+        "on the command line, or in a profile made for another method"
+    )
 
 
 def _check_encoder(source: ModelSource, config: dict[str, Any]) -> None:

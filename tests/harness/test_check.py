@@ -44,3 +44,15 @@ def test_a_measure_says_what_cannot_work(tmp_path: Path, override: str, found: l
     config = OmegaConf.to_container(OmegaConf.create(nodes), resolve=True)
     main({"configs": [config, config], "found": str(tmp_path / "found")}, lambda text: None)
     assert json.loads((tmp_path / "found").read_text())["problems"] == found
+
+
+def test_an_option_of_another_method_is_named(tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", ["suite=size_only", "profile=cpu_server", "method=rtn"])
+    nodes = {key: composed[key] for key in composed if key not in ("job", "data")}
+    config = OmegaConf.to_container(OmegaConf.create(nodes), resolve=True)
+    main({"configs": [config], "found": str(tmp_path / "found")}, lambda text: None)
+    assert json.loads((tmp_path / "found").read_text())["problems"] == [
+        "method rtn has no option 'calibration'; leave it out where it is given: on the command "
+        "line, or in a profile made for another method"
+    ]
