@@ -120,7 +120,10 @@ class PruneQuant(Chained):
         if self.store == "dense" or affine is None:
             return dense
         layout = Layout.of(matrix, affine)
-        return sparse.stored_bits(layout, matrix.weights - removed(matrix.weights, self.share))
+        # Experts are pruned one by one.
+        single = matrix.out_features * matrix.in_features
+        kept = matrix.count * (single - removed(single, self.share))
+        return sparse.stored_bits(layout, kept)
 
     def select(self, model: nn.Module) -> tuple[list[Matrix], list[tuple[str, int, str]]]:
         """Return what the method after it covers, and what it leaves.
