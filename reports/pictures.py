@@ -20,6 +20,7 @@ from reports.blocks import Curves, Map, Picture
 from reports.plots import (
     DPI,
     GRID,
+    LOG_FROM,
     MARKERS,
     SERIES,
     STYLE,
@@ -115,7 +116,14 @@ def _curves(picture: Curves) -> Figure:
             linewidth=1.3,
         )
     axes.set_xlabel(picture.across)
-    axes.set_ylabel(picture.up)
+    heights = [y for line in picture.lines for _, y in line.points if y > 0]
+    # One row that begins far above the others would press them into one line.
+    if heights and max(heights) / min(heights) > LOG_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylabel(f"{picture.up} (logarithmic)")
+    else:
+        axes.set_ylabel(picture.up)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -116,7 +116,7 @@ def _sentence(group: Group, row: Row) -> str:
         return f"{row.label} recovers nothing: {worse} ({perplexities})."
     beyond = ", and ends below the baseline" if found.share > 1 else ""
     return (
-        f"{row.label} recovers {100 * found.share:.0f} % of the perplexity that "
+        f"{row.label} recovers {100 * found.share:.3g} % of the perplexity that "
         f"{found.untrained.label} loses{beyond} ({perplexities})."
     )
 
@@ -159,7 +159,7 @@ def _line(group: Group, row: Row) -> tuple[Field, ...]:
         number("training_seconds", figure(facts.get("seconds"))),
         Field(", ".join(str(step) for step in sequence(facts.get("resumed_at"))) or "not resumed"),
         Field(equality(facts)),
-        Field(words.UNKNOWN) if found is None else Field(f"{100 * found.share:.0f} %", found.share),
+        Field(words.UNKNOWN) if found is None else Field(f"{100 * found.share:.3g} %", found.share),
     )
 
 
