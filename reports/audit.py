@@ -225,8 +225,11 @@ def _calibration(evidence: Evidence) -> Verdict | None:
 def _qat_best(evidence: Evidence) -> Verdict | None:
     told, best = [], []
     for group, row in evidence.rows:
-        own = increase(group, row)
-        if own is None or training_of(row).get("kind") not in ("qat", "lsq"):
+        own, facts = increase(group, row), training_of(row)
+        if own is None or facts.get("kind") not in ("qat", "lsq"):
+            continue
+        # Trained without rounding, to compare with: held against nothing, and no case of QAT.
+        if facts.get("equality") is None:
             continue
         others = [
             (change, other)
