@@ -47,7 +47,7 @@ VERDICTS = {"better": "^", "even": "~", "open": "?", "worse": "!"}
 """Behind a figure of quality: what its samples say of it against the baseline."""
 
 ABSENT = "n/m"
-WIDEST, WIDEST_LABEL = 120, 40
+WIDEST, WIDEST_LABEL, WIDEST_WITH_OPTIONS = 120, 40, 56
 GAP = "  "
 
 
@@ -115,7 +115,14 @@ def _label_block(table: Table) -> list[str]:
 
 def _label(row: Row) -> str:
     label = _clean(row.label)
-    return label if len(label) <= WIDEST_LABEL else f"{label[: WIDEST_LABEL - 3]}..."
+    if len(label) <= WIDEST_LABEL:
+        return label
+    # What stands in brackets tells rows of equal bits and groups apart.
+    axes, _, options = label.partition(" (")
+    shorter = f"{axes.split()[0]} ... ({options}"
+    if options and len(shorter) <= WIDEST_WITH_OPTIONS:
+        return shorter
+    return f"{label[: WIDEST_LABEL - 3]}..."
 
 
 def _block(column: Column) -> list[str]:

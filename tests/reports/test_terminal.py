@@ -92,3 +92,16 @@ def test_an_infinite_perplexity_is_written(grid: list[Record]) -> None:
 def test_a_long_label_is_cut(grid: list[Record]) -> None:
     record = replace(grid[3], config={**grid[3].config, "method": "m" * 90})
     assert "mmm..." in summary_text([grid[0], record], width=120)
+
+
+def test_a_long_label_keeps_what_tells_its_row_apart(grid: list[Record]) -> None:
+    node = {"name": "int8_static", "observer": "percentile", "calibration": {"samples": 512}}
+    rows = []
+    for observer, samples in (("percentile", 512), ("min_max", 128)):
+        options = {**node, "observer": observer, "calibration": {"samples": samples}}
+        config = {**grid[3].config, "method": "int8_static", "bits": 8, "group_size": -1}
+        config["resolved"] = {"method": options}
+        rows.append(replace(grid[3], cell=f"int8-{observer}", config=config))
+    text = summary_text([grid[0], *rows], width=140)
+    assert "int8_static ... (samples=512, observer=percentile)" in text
+    assert "int8_static ... (samples=128, observer=min_max)" in text
