@@ -25,6 +25,8 @@ from harness.jobs import refuse
 from harness.sweep import plan_cells
 from kernels.errors import ConfigError
 
+ROWS = "job=cell"
+
 Cells = dict[str, tuple[Cell, list[str]]]
 """Cell id -> the cell and the overrides that make it."""
 
@@ -134,12 +136,13 @@ def points(
 
     Each grid is the product of its own axes; an axis given in `arguments` takes its place in every
     grid. Methods given there choose the grids: each runs with the axes of those that name it, one
-    that none names with what was given alone.
+    that none names with what was given alone. The grids are those of rows: another job has none.
 
     Raises:
         ConfigError: an axis is no list of values.
     """
     given = _axes(arguments, loader)
+    grids = grids if given.get("job", [ROWS]) == [ROWS] else ()
     asked = given.get("method")
     found: list[dict[str, list[str]]] = []
     rest = list(asked or [])

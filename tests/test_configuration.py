@@ -140,6 +140,10 @@ def test_axes_of_the_command_line_take_the_place_of_the_grids() -> None:
     found = grid_points("method=rtn", "bits=4,5", "group_size=64")
     wanted = [{"method=rtn", f"bits={bits}", "group_size=64"} for bits in (4, 5)]
     assert found == wanted
+    assert grid_points("job=sensitivity", "bits=4,3") == [
+        {"job=sensitivity", "bits=4"},
+        {"job=sensitivity", "bits=3"},
+    ]
     everywhere = grid_points("seed=1")
     assert len(everywhere) == len(grid_points())
     assert all("seed=1" in point for point in everywhere)
