@@ -119,9 +119,9 @@ def _label(row: Row) -> str:
         return label
     # What stands in brackets tells rows of equal bits and groups apart.
     axes, _, options = label.partition(" (")
-    shorter = f"{axes.split()[0]} ... ({options}"
-    if options and len(shorter) <= WIDEST_WITH_OPTIONS:
-        return shorter
+    for whole in (label, f"{axes.split()[0]} ... ({options}"):
+        if options and len(whole) <= WIDEST_WITH_OPTIONS:
+            return whole
     return f"{label[: WIDEST_LABEL - 3]}..."
 
 
