@@ -1,8 +1,8 @@
 """Child processes: each stage of a cell runs in one of its own, with a time and a memory limit.
 
 Children come from a fork server that has imported torch, transformers and the measures once a
-sweep. A child leads a session of its own, dies with the server, writes its output to a log and its
-failure to a file, and hands results over as files. Torch-free.
+sweep. A child leads a session of its own, dies with its driver and the server, writes its output to
+a log and its failure to a file, and hands results over as files. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import ctypes
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -101,6 +103,7 @@ def run_child(
         "environment": dict(limits.environment),
         "threads": limits.usable_threads,
         "cgroup": group.join_path if group else None,
+        "driver": os.getpid(),
     }
     process = fork_server().Process(target=_child, args=(target, job, setup), daemon=False)
     process.start()
@@ -204,6 +207,7 @@ def _child(target: str, job: dict[str, Any], setup: dict[str, Any]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    _end_with(setup["driver"])
     files = {key: Path(path) for key, path in setup["files"].items()}
     log = os.open(files["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
@@ -227,6 +231,24 @@ def _child(target: str, job: dict[str, Any], setup: dict[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_with(driver: int) -> None:
+    """End this process and all it started as soon as process `driver` has ended, even by SIGKILL.
+
+    The server alone is no sign of that: each child holds the pipe by whose end the server notices
+    that nobody needs it any more.
+    """
+    try:
+        ended = os.pidfd_open(driver)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([ended], [], [])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="driver", daemon=True).start()
 
 
 def _say(path: Path, text: str) -> None:

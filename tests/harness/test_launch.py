@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from harness.launch import Outcome, run_child
 from harness.memory import MemoryGroup
 
 MEBIBYTE = 2**20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -82,6 +86,34 @@ def test_a_hanging_child_is_stopped_with_what_it_started(tmp_path: Path) -> None
             break
         time.sleep(0.05)
     assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == "zombie"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_driver_that_is_killed_takes_its_children_with_it(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    file = tmp_path / "pid"
+    program = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.harness.test_launch import run\n"
+        "run('hangs', pathlib.Path(sys.argv[2]), file=sys.argv[3])\n"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), str(tmp_path), str(file)]
+    driver = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        grandchild = psutil.Process(int(file.read_text()))
+        begun = [*grandchild.parents()[:2], grandchild]
+        assert driver.pid not in [process.pid for process in begun]
+    finally:
+        driver.send_signal(how)
+        driver.wait()
+    # The child, the fork server that it came from, and what the child had started.
+    gone, alive = psutil.wait_procs(begun, timeout=30)
+    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"{left} outlived the driver; gone are {gone}"
 
 
 def test_memory_is_measured_beyond_what_the_child_inherits(tmp_path: Path) -> None:
