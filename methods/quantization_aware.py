@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class ReadPlainly:
 
 
 @dataclass(frozen=True)
-class QuantizationAware:
+class QuantizationAware(ABC):
     """Options of a method that trains a model while its weights are rounded.
 
     Attributes:
@@ -126,9 +127,9 @@ class QuantizationAware:
         )
 
     @property
+    @abstractmethod
     def stored_symmetric(self) -> bool:
         """Whether the stored weights have no zero points."""
-        raise NotImplementedError
 
     @property
     def trained_with(self) -> str:
@@ -145,9 +146,9 @@ class QuantizationAware:
         """Largest difference of the packed and the dequantized path, see `methods.rtn`."""
         return self.format.path_tolerance
 
+    @abstractmethod
     def rounding(self, model: nn.Module, matrices: list[Matrix]) -> WeightRounding:
         """Return how the weights of `model` are rounded; it may exchange modules of `model`."""
-        raise NotImplementedError
 
     def check(self, hardware: Hardware) -> None:
         """Refuse what round-to-nearest refuses on this hardware."""
