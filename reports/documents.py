@@ -8,74 +8,18 @@ claim that neither settles stands as not measured, with the command that would.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from harness.record import Record
 from reports import arithmetic
 from reports.audit import ABOUT, Evidence, Verdict, subjects
 from reports.blocks import Block, Field, Grid, Head
+from reports.facts import Fact, documents
 from reports.nanogpt_sizes import MIB, SHAKESPEARE_CHAR, sizes
 from reports.rows import Group
 
-FIELDS = (
-    *("id", "document", "section", "says", "original", "subject", "model", "method"),
-    *("metric", "protocol", "value", "unit", "hardware", "command"),
-)
 CONTRADICTED = "contradicted by arithmetic"
 ADDS_UP = "adds up"
 NOT_HERE = "not measured here"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One claim of one document.
-
-    `says` is its content in English, `original` the text as printed, `subject` what rows it is
-    about; the figure's fields are None where the document gives none.
-    """
-
-    id: str
-    document: str
-    section: str
-    says: str
-    original: str
-    subject: str
-    model: str | None
-    method: str | None
-    metric: str | None
-    protocol: str | None
-    value: float | None
-    unit: str | None
-    hardware: str | None
-    command: str
-
-
-@cache
-def facts() -> tuple[tuple[Fact, ...], Mapping[str, str]]:
-    """Return the claims in the order of the file, and the documents' titles by name.
-
-    Raises:
-        ValueError: an entry has other fields than `Fact`, or names no document of the file.
-    """
-    found = yaml.safe_load(Path(__file__).with_name("documents.yaml").read_text(encoding="utf-8"))
-    titles = {
-        name: f"{about['title']} ({about['file']})" for name, about in found["documents"].items()
-    }
-    return tuple(_fact(entry, titles) for entry in found["facts"]), titles
-
-
-def _fact(entry: Mapping[str, Any], titles: Mapping[str, str]) -> Fact:
-    if set(entry) != set(FIELDS):
-        wrong = ", ".join(sorted(set(entry) ^ set(FIELDS)))
-        raise ValueError(f"documents.yaml: {entry.get('id')} differs in the fields {wrong}")
-    if entry["document"] not in titles:
-        raise ValueError(f"documents.yaml: {entry['id']} names no document: {entry['document']}")
-    return Fact(**{name: entry[name] for name in FIELDS})
 
 
 def verdict(fact: Fact, evidence: Evidence) -> Verdict:
@@ -94,14 +38,14 @@ def documents_blocks(groups: Sequence[Group], records: Sequence[Record]) -> list
     """Return the block of the claims that the report has something about, none without any."""
     evidence = Evidence(tuple(groups), tuple(records))
     shown = subjects(evidence)
-    every, titles = facts()
+    found_in = documents()
     lines = []
-    for fact in every:
+    for fact in found_in.facts:
         if fact.subject in shown:
             found = verdict(fact, evidence)
             lines.append(
                 (
-                    Field(fact.says),
+                    Field(fact.text),
                     Field(f"{fact.document}, {fact.section}"),
                     Field(fact.original, language="zh"),
                     Field(found.verdict),
@@ -113,7 +57,7 @@ def documents_blocks(groups: Sequence[Group], records: Sequence[Record]) -> list
     used = {line[1].text.partition(",")[0] for line in lines}
     heads = (Head("Claim"), Head("Where"), Head("As printed"), Head("Verdict"), Head("Why"))
     grid = Grid("Claims", heads, tuple(lines))
-    named = "; ".join(f"{name}: {title}" for name, title in titles.items() if name in used)
+    named = "; ".join(f"{name}: {title}" for name, title in found_in.titles.items() if name in used)
     return [
         Block(
             "What the documents claim",

@@ -1,32 +1,24 @@
 """Writes a report: data files, figures, and the pages `report.md` and `report.html`.
 
-The HTML page is self-contained: its style, its sorting script and its figures are in it, and its
-own policy forbids every request. All text from records is escaped, in Markdown as in HTML. A file
-is written to a temporary name and renamed; equal records give equal bytes.
+All text from records is escaped, in Markdown as in HTML (`reports.layout`). A file is written to a
+temporary name and renamed; equal records give equal bytes.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from harness.record import Record, read_records, write_atomically
 from reports import comparisons, pictures, plots, table, words
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
+from reports.layout import html_page, markdown_page
 from reports.page import Page, main_kernel, make_page
 from reports.plots import Drawing
 
 FOLDER = "report"
-TEMPLATES = Path(__file__).with_name("templates")
-"""By path: a folder `reports` where the program is called does not stand in its way."""
-
 FIGURE_PREFIXES = ("perplexity-", "embedding-", "sensitivity-", "allocation-", "training-")
 
 
@@ -159,46 +151,19 @@ def write_pages(
 
 def html(page: Page, drawings: dict[str, Drawing]) -> str:
     """Return the HTML page."""
-    environment = _environment(autoescape=True)
-    environment.filters["breakable"] = _breakable
-    environment.filters["sortable"] = _sortable
-    return environment.get_template("report.html.jinja").render(
-        **_context(page),
-        style=Markup((TEMPLATES / "style.css").read_text()),
-        script=Markup((TEMPLATES / "sort.js").read_text()),
-        svg={name: Markup(drawing.svg) for name, drawing in drawings.items()},
-    )
+    svg = {name: drawing.svg for name, drawing in drawings.items()}
+    return html_page("report.html.jinja", svg, **_context(page))
 
 
 def markdown(page: Page) -> str:
     """Return the Markdown page, which shows the PNG files beside it."""
-    environment = _environment(finalize=_escape_markdown)
-    environment.filters["code"] = _code
-    environment.filters["fenced"] = _fenced
-    environment.filters["raw"] = Markup
-    text = environment.get_template("report.md.jinja").render(**_context(page))
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def _environment(**options: Any) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **options,
-    )
-    environment.filters["main_kernel"] = main_kernel
-    environment.filters["caption"] = plots.caption
-    environment.filters["alternative"] = plots.alternative
-    environment.filters["title_of"] = words.title
-    return environment
+    return markdown_page("report.md.jinja", **_context(page))
 
 
 def _context(page: Page) -> dict[str, Any]:
     return {
         "page": page,
+        "main_kernel": main_kernel,
         "reading": words.READING,
         "engines_legend": ENGINES_LEGEND,
         "summary_legend": SUMMARY_LEGEND,
@@ -206,38 +171,3 @@ def _context(page: Page) -> dict[str, Any]:
         "tasks_legend": TASKS_LEGEND,
         "parts_legend": PARTS_LEGEND,
     }
-
-
-def _breakable(text: object) -> Markup:
-    """Return `text` escaped, with places where a long name may break."""
-    return Markup(re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(str(text))))
-
-
-def _sortable(value: float) -> str:
-    """Return `value` as JavaScript's Number() reads it."""
-    return repr(value).replace("inf", "Infinity").replace("nan", "NaN")
-
-
-def _escape_markdown(value: object) -> object:
-    """Return `value` as text that Markdown shows as it is, on one line."""
-    if isinstance(value, Markup):
-        return value
-    text = " ".join(str(value).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
-    # Within a word an underscore is plain text.
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
-
-
-def _code(value: object) -> Markup:
-    """Return `value` as inline code that may stand in a table."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`")
-
-
-def _fenced(value: object) -> Markup:
-    """Return `value` as a block of code."""
-    text = str(value)
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{ticks}\n{text}\n{ticks}")

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from reports import arithmetic, documents
+from reports import arithmetic
 from reports.audit import ABOUT, DIFFERS, Evidence, increase, subjects
-from reports.documents import ADDS_UP, ARITHMETIC, CONTRADICTED, documents_blocks, facts, verdict
+from reports.documents import ADDS_UP, ARITHMETIC, CONTRADICTED, documents_blocks, verdict
+from reports.facts import documents
 from reports.gather import make_groups, make_rows
 from reports.nanogpt_sizes import SHAKESPEARE_CHAR
 from tests.reports.advanced import every_kind, sensitivity_record
@@ -51,31 +52,12 @@ def test_a_margin_of_loss_is_more_of_perplexity() -> None:
     assert arithmetic.loss_margin_as_perplexity(5.68) == pytest.approx(0.0535, abs=1e-4)
 
 
-def test_every_fact_is_whole_and_its_checks_exist() -> None:
-    every, titles = facts()
-    ids = [fact.id for fact in every]
-    assert len(set(ids)) == len(ids)
-    assert len(titles) == 5
-    assert set(ARITHMETIC) | set(ABOUT) == set(ids)
-    for fact in every:
-        assert fact.original
-        assert fact.command.startswith("python run.py")
-        assert (fact.value is None) == (fact.unit is None)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"colour": "red"}, "colour"), ({"document": "elsewhere"}, "names no document: elsewhere")],
-)
-def test_a_fact_that_is_not_whole_is_refused(changes: dict[str, str], said: str) -> None:
-    every, titles = facts()
-    entry = {name: getattr(every[0], name) for name in documents.FIELDS}
-    with pytest.raises(ValueError, match=said):
-        documents._fact({**entry, **changes}, titles)
+def test_every_check_is_of_a_fact() -> None:
+    assert set(ARITHMETIC) | set(ABOUT) <= {fact.id for fact in documents().facts}
 
 
 def test_arithmetic_goes_before_rows_and_both_are_told() -> None:
-    by_id = {fact.id: fact for fact in facts()[0]}
+    by_id = {fact.id: fact for fact in documents().facts}
     nothing = evidence(empty=True)
     assert verdict(by_id["prune-quant-size"], nothing).verdict == CONTRADICTED
     assert "4.85x" in verdict(by_id["prune-quant-size"], nothing).why
