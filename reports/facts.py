@@ -24,7 +24,31 @@ FORMS = ("value", "ratio", "increase", "share")
 """
 
 RELATIONS = ("=", "<", ">", "~")
-"""What a fact says of its value: equal, below, above, about."""
+"""What a fact says of its value: equal, below, above, about.
+
+Without a value `>` says that the ratio of `ours` is above 1, that its row is the better one of two,
+and `<` that it is the worse one.
+"""
+
+UNITS: Mapping[str, tuple[str, float]] = {
+    "GB": ("B", 1e9),
+    "MB": ("B", 1e6),
+    "ratio to FP32": ("ratio", 1.0),
+    "ratio to FP16": ("ratio", 1.0),
+    "%": ("share", 0.01),
+    "perplexity": ("perplexity", 1.0),
+    "tokens/s": ("tokens/s", 1.0),
+    "logits": ("logits", 1.0),
+    "bits": ("bit", 1.0),
+    "ms": ("s", 1e-3),
+    "s": ("s", 1.0),
+    "minutes": ("s", 60.0),
+    "hours": ("s", 3600.0),
+}
+"""Unit of a fact -> the records' unit and what a printed figure is multiplied by to be in it.
+
+Units that are not here count something that no record holds.
+"""
 
 SIZE, SPEED = 0.01, 0.1
 """Relative difference up to which a figure counts as reproduced: sizes and perplexity, speeds."""
@@ -49,6 +73,13 @@ class Ours:
     over: Mapping[str, Any] | None = None
     protocol: str | None = None
 
+    @property
+    def other(self) -> dict[str, Any]:
+        """What the other row's record says; another method brings its own bits and options."""
+        over = dict(self.over or {})
+        kept = ("model", "hardware") if "method" in over else tuple(self.where)
+        return {**{key: self.where[key] for key in kept if key in self.where}, **over}
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -62,7 +93,9 @@ class Fact:
         quantity: what it is a figure of, the same for all documents.
         value, to: the figure; `to` ends a range. None where the document gives none.
         relation: one of `RELATIONS`.
+        hardware: the document's, None where it names none.
         command: what measures it, on which model and card.
+        needs: what that takes and a small machine has not, as a card or gated weights.
     """
 
     id: str
@@ -84,6 +117,7 @@ class Fact:
     hardware: str | None
     ours: Ours | None
     command: str
+    needs: str | None = None
 
     @property
     def document(self) -> str:
@@ -151,7 +185,7 @@ def documents() -> Documents:
             sentence names the entry.
     """
     here = Path(__file__).parent
-    found = yaml.safe_load((here / "documents.yaml").read_text(encoding="utf-8"))
+    found = _read(here / "documents.yaml")
     titles = {
         name: f"{about['title']} ({about['file']})" for name, about in found["documents"].items()
     }
@@ -161,10 +195,16 @@ def documents() -> Documents:
     if twice:
         raise ValueError(f"documents.yaml: more than one fact is called {', '.join(twice)}")
     published: dict[str, tuple[Published, ...]] = {}
-    for entry in yaml.safe_load((here / "published.yaml").read_text(encoding="utf-8")):
-        one = Published(**entry)
+    for entry in _read(here / "published.yaml"):
+        one = read_published(entry)
         published[one.quantity] = (*published.get(one.quantity, ()), one)
     return Documents(MappingProxyType(titles), tables, MappingProxyType(published))
+
+
+def _read(path: Path) -> Any:
+    # libyaml's parser, where PyYAML was built with it, takes a tenth of the seconds.
+    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
 
 
 def read_table(entry: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
@@ -180,8 +220,28 @@ def read_table(entry: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
         raise ValueError(f"documents.yaml: {name} names no document: {entry['document']}")
     shared = {key: value for key, value in entry.items() if key not in _TABLE}
     table = Table(name, entry["document"], entry["section"], entry["title"])
-    made = tuple(_fact({**_DEFAULTS, **shared, **fact}, table) for fact in entry["facts"])
+    made = tuple(_fact(_joined(shared, fact), table) for fact in entry["facts"])
     return Table(table.id, table.document, table.section, table.title, made)
+
+
+def read_published(entry: Mapping[str, Any]) -> Published:
+    """Return an entry of `published.yaml`.
+
+    Raises:
+        ValueError: as `documents`.
+    """
+    wanted = {f.name for f in fields(Published)}
+    if wrong := sorted(wanted ^ set(entry)):
+        raise ValueError(f"published.yaml: {entry.get('quantity')} lacks or has no {wrong[0]}")
+    return Published(**entry)
+
+
+def _joined(shared: Mapping[str, Any], fact: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fact with its table's defaults; `ours` of the table completes that of a fact."""
+    ours = fact.get("ours")
+    if ours is not None:
+        ours = {**shared.get("ours", {}), **ours}
+    return {**_DEFAULTS, **shared, **fact, "ours": ours}
 
 
 def _fact(entry: Mapping[str, Any], table: Table) -> Fact:
@@ -196,6 +256,8 @@ def _fact(entry: Mapping[str, Any], table: Table) -> Fact:
         raise ValueError(f"{name}: a relation is one of {', '.join(RELATIONS)}")
     if (entry.get("value") is None) != (entry.get("unit") is None):
         raise ValueError(f"{name} has a value without a unit, or a unit without a value")
+    if entry.get("to") is not None and entry.get("value") is None:
+        raise ValueError(f"{name} ends a range (to) that has no value to begin with")
     given: dict[str, Any] = {key: entry.get(key) for key in _OWN if key != "ours"}
     return Fact(**given, table=table, ours=_ours(entry.get("ours"), name))
 
@@ -203,7 +265,9 @@ def _fact(entry: Mapping[str, Any], table: Table) -> Fact:
 def _ours(entry: Mapping[str, Any] | None, name: str) -> Ours | None:
     if entry is None:
         return None
-    where = {k: v for k, v in entry.items() if k not in ("metric", "form", "over", "protocol")}
+    own = ("metric", "form", "over", "protocol")
+    # A fact that names no model takes its table's back with null.
+    where = {key: value for key, value in entry.items() if key not in own and value is not None}
     form = str(entry.get("form", "value"))
     if not entry.get("metric") or form not in FORMS:
         raise ValueError(f"{name}: ours needs a metric and a form of {', '.join(FORMS)}")
