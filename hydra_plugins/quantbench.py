@@ -6,7 +6,9 @@ Here and not in `harness`, because Hydra takes plugins from the package of this 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ from harness.sweep import plan_cells
 from kernels.errors import ConfigError
 
 ROWS = "job=cell"
+MULTIRUN = "hydra.mode=MULTIRUN"
+
+SWEEP = "sweep"
+"""Where the grids of `+sweep=NAME` stand in the configuration."""
+
+FIXED, NEEDS = "fixed", "needs"
+"""What a grid may say beside axes: those that the command line leaves alone, and the modules
+without which it is left out."""
 
 Cells = dict[str, tuple[Cell, list[str]]]
 """Cell id -> the cell and the overrides that make it."""
@@ -39,11 +49,12 @@ class GridSweeper(Sweeper):
     cells to whichever launcher is configured.
 
     Args:
-        grids: the default: several grids by name, each Hydra overrides by key; see `points`.
+        grids: the default: several grids by name, each Hydra overrides by key; see `points`. Those
+            of `+sweep=NAME` (`conf/sweep/`) take their place, all of them.
     """
 
     def __init__(self, grids: DictConfig | None) -> None:
-        self.grids = [dict(grid) for grid in (grids or {}).values()]
+        self.grids = grids
         self.loader: ConfigLoader | None = None
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
@@ -60,8 +71,15 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run every missing cell of the grid that `arguments` describe."""
+        assert self.config is not None
+        own = OmegaConf.select(self.config, SWEEP)
         try:
-            return self._launch(self._cells(points(self.grids, arguments, self.loader)))
+            grids = usable(self.grids if own is None else own)
+            axes = without(arguments, SWEEP)
+            if own is not None:
+                # The mode came from the sweep's file, which points leave out.
+                axes.append(MULTIRUN)
+            return self._launch(self._cells(points(grids, axes, self.loader)))
         except ConfigError as error:
             refuse(error)
 
@@ -92,7 +110,7 @@ class GridSweeper(Sweeper):
                 raise ConfigError(
                     "job=deploy decides on one configuration; run it without -m, once a profile"
                 )
-            with_hydra = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])
+            with_hydra = OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])
             cell = plan_cell(with_hydra, point)
             cells.setdefault(cell.id, (cell, point))
         ordered = sorted(
@@ -110,17 +128,12 @@ class SearchSweeper(GridSweeper):
         from harness.racing import Racing
 
         try:
+            if OmegaConf.select(self.config, SWEEP) is not None:
+                raise ConfigError("+sweep and +search are two ways to choose cells; give one")
             search = instantiate(self.config.search)
             own = _axes([f"{key}={value}" for key, value in search.axes.items()], self.loader)
-            given = _axes(arguments, self.loader)
-            # What describes the search is no part of a cell.
-            asked = {
-                key: values
-                for key, values in given.items()
-                if key.lstrip("+").partition(".")[0] != "search"
-            }
             # The mode came from the search's file, which points leave out.
-            asked["hydra.mode"] = ["hydra.mode=MULTIRUN"]
+            asked = _axes([*without(arguments, "search"), MULTIRUN], self.loader)
             asked.setdefault("suite", [f"suite={self.config.hydra.runtime.choices['suite']}"])
             Racing(search, {**own, **asked}, self._cells, self._launch).run(self.config, arguments)
         except InstantiationException as error:
@@ -129,14 +142,73 @@ class SearchSweeper(GridSweeper):
             refuse(error)
 
 
+def usable(grids: DictConfig | None) -> list[dict[str, Any]]:
+    """Return those of the `grids` by name whose `needs` are installed; of others a note is printed.
+
+    Raises:
+        ConfigError: a grid is no mapping, or an axis of it no text or number.
+    """
+    found: Any = OmegaConf.to_container(grids, resolve=True) if grids is not None else {}
+    if not isinstance(found, dict):
+        raise ConfigError("a sweep is a mapping of grids by name, each with Hydra overrides by key")
+    kept = []
+    for name, grid in found.items():
+        _check_grid(name, grid)
+        needed = [module.strip() for module in str(grid.pop(NEEDS, "")).split(",")]
+        missing = [m for m in needed if m and find_spec(m.partition(".")[0]) is None]
+        if missing:
+            print(
+                f"note: grid {name} is left out: {' and '.join(missing)} is not installed here",
+                flush=True,
+            )
+        else:
+            kept.append(grid)
+    return kept
+
+
+def _check_grid(name: Any, grid: Any) -> None:
+    fixed = grid.get(FIXED, {}) if isinstance(grid, dict) else None
+    if not isinstance(fixed, dict):
+        raise ConfigError(
+            f"grid {name} must have Hydra overrides by key, as method: rtn and bits: 4,3, and "
+            f"under {FIXED}, if there, the same"
+        )
+    for key, value in {**grid, **fixed}.items():
+        if key != FIXED and isinstance(value, list | dict):
+            raise ConfigError(
+                f"grid {name} has {key}: {value}; the values of an axis are written with commas, "
+                f"as {key}: VALUE,VALUE"
+            )
+
+
+def without(arguments: Sequence[str], node: str) -> list[str]:
+    """Return the `arguments` that are not about `node`, which is no part of a cell.
+
+    Raises:
+        ConfigError: one gives `node` several values, which Hydra would take for an axis and drop.
+    """
+    about = re.compile(rf"[+~]*{re.escape(node)}([.=@]|$)")
+    own = [argument for argument in arguments if about.match(argument)]
+    for override in OverridesParser.create().parse_overrides(own):
+        if override.is_sweep_override():
+            key, _, values = str(override.input_line).partition("=")
+            raise ConfigError(
+                f"{override.input_line} is no axis of a cell; as one value it is written in two "
+                f"pairs of quotes: '{key}=\"{values}\"'"
+            )
+    return [argument for argument in arguments if argument not in own]
+
+
 def points(
     grids: Sequence[Mapping[str, Any]], arguments: Sequence[str], loader: ConfigLoader | None
 ) -> list[list[str]]:
-    """Return the overrides of every point of the default `grids` under the command line's.
+    """Return the overrides of every point of the `grids` under the command line's.
 
     Each grid is the product of its own axes; an axis given in `arguments` takes its place in every
-    grid. Methods given there choose the grids: each runs with the axes of those that name it, one
-    that none names with what was given alone. The grids are those of rows: another job has none.
+    grid but those that have it under `fixed`, and with it what is below it: a grid with a fixed
+    `model` hears of no `model.path`. Methods given there choose the grids: each runs with the axes
+    of those that name it, one that none names with what was given alone. The grids are those of
+    rows: another job has none.
 
     Raises:
         ConfigError: an axis is no list of values.
@@ -147,14 +219,26 @@ def points(
     found: list[dict[str, list[str]]] = []
     rest = list(asked or [])
     for grid in grids:
-        own = _axes([f"{key}={value}" for key, value in grid.items()], loader)
+        fixed = grid.get(FIXED, {})
+        free = {key: value for key, value in grid.items() if key != FIXED}
+        own = _axes([f"{key}={value}" for key, value in {**fixed, **free}.items()], loader)
+        taken = {key: values for key, values in given.items() if not _is_below(key, fixed)}
+        if "method" not in own:
+            found.append({**own, **taken})
+            continue
         methods = [name for name in asked or own["method"] if name in own["method"]]
         rest = [name for name in rest if name not in own["method"]]
         if methods:
-            found.append({**own, **given, "method": methods})
+            found.append({**own, **taken, "method": methods})
     if rest or not grids:
         found.append({**given, **({"method": rest} if rest else {})})
     return [list(point) for axes in found for point in itertools.product(*axes.values())]
+
+
+def _is_below(key: str, fixed: Mapping[str, Any]) -> bool:
+    """Whether `key` is one of `fixed`, or an option of it."""
+    name = key.lstrip("+~")
+    return any(name == own or name.startswith((f"{own}.", f"{own}@")) for own in fixed)
 
 
 def _axes(overrides: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:

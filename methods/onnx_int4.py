@@ -72,6 +72,7 @@ class OnnxInt4:
 
     needs_calibration: ClassVar[bool] = False
     path_tolerance: ClassVar[float] = PATH_TOLERANCE
+    rest_dtype: ClassVar[str] = "float32"  # of the graph
 
     def __post_init__(self) -> None:
         for field, values in (

@@ -147,6 +147,9 @@ class IntegerMaps:
     head: bool
     keep: Sequence[str]
 
+    # A graph computes in float32, in which everything else is stored.
+    rest_dtype: ClassVar[str] = "float32"
+
     @property
     def bits(self) -> float:
         """INT8, though `reduce_range` uses seven of them."""

@@ -61,6 +61,11 @@ class OnnxUnquantized:
         """No scales, no groups."""
         return None
 
+    @property
+    def rest_dtype(self) -> str:
+        """Everything else is stored in the type, too."""
+        return self.dtype
+
     def check(self, hardware: Hardware) -> None:
         """Refuse what ONNX Runtime cannot compute in."""
         check_hardware(self.name, hardware, cuda=True)

@@ -26,6 +26,7 @@ FAMILY_OF_METRIC = {
         "size",
     ),
     **dict.fromkeys(("other_bytes", "computed_bytes", "computed_bits_per_weight"), "size"),
+    "read_bytes_per_token": "size",
     **dict.fromkeys(("quantize_seconds", "quantize_peak_bytes"), "quantize"),
     **dict.fromkeys(("load_seconds", "first_logits_seconds"), "load"),
     **dict.fromkeys(("peak_memory_bytes", "kv_cache_bytes"), "memory"),
@@ -189,11 +190,15 @@ class Row:
 
         A task may have a score of the same name: lambada's perplexity is not that of a text.
         """
-        return [
-            value
-            for (name, _), value in self.values.items()
-            if name == metric and family(value) != "tasks"
-        ]
+        return list(self._by_metric.get(metric, ()))
+
+    @cached_property
+    def _by_metric(self) -> Mapping[str, list[Value]]:
+        found: dict[str, list[Value]] = {}
+        for (name, _), value in self.values.items():
+            if family(value) != "tasks":
+                found.setdefault(name, []).append(value)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

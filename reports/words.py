@@ -48,6 +48,7 @@ _TITLES = {
     "head_bytes": "Head",
     "embedding_bytes": "Embeddings",
     "other_bytes": "Everything else",
+    "read_bytes_per_token": "Weights read a token",
     "computed_bytes": "Size, computed",
     "computed_bits_per_weight": "Bits a weight, computed",
     "peak_memory_bytes": "Peak memory",
@@ -130,6 +131,7 @@ def kind(metric: str) -> Kind:
         ("_joules_per_token", "energy"),
         ("_watts", "power"),
         ("_bytes", "bytes"),
+        ("_bytes_per_token", "bytes"),
         ("_seconds", "seconds"),
     ):
         if metric.endswith(ending):
