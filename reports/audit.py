@@ -23,7 +23,7 @@ from reports.sensitivity import Analysis, analyses, edges
 from reports.training import training_of
 
 HOLDS, FAILS, UNDECIDED = "holds here", "does not hold here", "cannot be decided here"
-DIFFERS, REPRODUCED, PARTLY = "differs here", "reproduced", "holds in part here"
+DIFFERS, REPRODUCED, PARTLY = "differs", "reproduced", "holds in part here"
 KEY_SHARE = 1.5
 """Share of the summed KL over an even share from which a block counts as a key one."""
 
@@ -132,6 +132,8 @@ def _mixed(evidence: Evidence) -> Verdict | None:
             name = candidate_label(row, str(entry.get("candidate", "")))
             weights[name] = weights.get(name, 0.0) + (figure(entry.get("weights")) or 0.0)
         most = max(weights, key=lambda name: weights[name], default="")
+        if not most:
+            continue
         for other in group.measured:
             if axes_label(other) != most or allocation_of(other):
                 continue

@@ -1,67 +1,202 @@
 """What the documents claim, each with a verdict: `documents.yaml` against arithmetic and rows.
 
-A claim is shown in reports that have rows (or records of other jobs) about its subject. Arithmetic
-goes first, since no run can save a figure that cannot add up; then what the report's rows say; a
-claim that neither settles stands as not measured, with the command that would.
+Arithmetic goes first, since no run can save a figure that cannot add up; then what the report's
+rows say; a fact that neither settles stands as not measured, with what it needs and the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from harness.record import Record
-from reports import arithmetic
 from reports.audit import ABOUT, Evidence, Verdict, subjects
 from reports.blocks import Block, Field, Grid, Head
-from reports.facts import Fact, documents
-from reports.nanogpt_sizes import MIB, SHAKESPEARE_CHAR, sizes
+from reports.claims import ARITHMETIC
+from reports.fact_rows import COMPUTED, NOT_HERE, Answer, Figure, Rows, answer, told
+from reports.facts import Documents, Fact, Published, Table, documents
+from reports.printed import PRINTED
 from reports.rows import Group
-
-CONTRADICTED = "contradicted by arithmetic"
-ADDS_UP = "adds up"
-NOT_HERE = "not measured here"
+from reports.sums import CONTRADICTED, REMARK, RULES
 
 
-def verdict(fact: Fact, evidence: Evidence) -> Verdict:
-    """Return the verdict on `fact`: by arithmetic, by the report's rows, or that there is none."""
-    said = [ARITHMETIC[fact.id]()] if fact.id in ARITHMETIC else []
+@dataclass(frozen=True)
+class Checked:
+    """A fact with its verdict and everything that is told beside it.
+
+    Attributes:
+        figures: of the report's rows, deciding or not.
+        elsewhere: what the documents say of the same quantity in other places.
+        subject_here: whether the report has rows about the fact's subject.
+    """
+
+    fact: Fact
+    verdict: str
+    why: str
+    figures: tuple[Figure, ...]
+    elsewhere: tuple[Fact, ...]
+    published: tuple[Published, ...]
+    subject_here: bool
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing was found out, so that the command is what helps."""
+        return self.verdict == NOT_HERE
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A table of a document with its facts checked."""
+
+    table: Table
+    facts: tuple[Checked, ...]
+
+    @property
+    def counted(self) -> str:
+        """How many facts have each verdict, the most frequent first."""
+        return _counted(self.facts)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All tables of the documents; `titles` by the document's name."""
+
+    titles: Mapping[str, str]
+    tables: tuple[Audited, ...]
+
+    @property
+    def facts(self) -> tuple[Checked, ...]:
+        """Every fact, in the order of the tables."""
+        return tuple(checked for table in self.tables for checked in table.facts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many facts have each verdict, the most frequent first."""
+        return _counts(self.facts)
+
+    @property
+    def counted(self) -> str:
+        """The same in words."""
+        return _counted(self.facts)
+
+
+def _counts(facts: Sequence[Checked]) -> dict[str, int]:
+    return dict(Counter(checked.verdict for checked in facts).most_common())
+
+
+def _counted(facts: Sequence[Checked]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in _counts(facts).items())
+
+
+def audit(
+    groups: Sequence[Group], records: Sequence[Record], found_in: Documents | None = None
+) -> Audit:
+    """Return every fact of `found_in` (None: the project's documents) with its verdict."""
+    found_in = found_in or documents()
+    evidence = Evidence(tuple(groups), tuple(records))
+    here, measured = subjects(evidence), Rows(evidence)
+    same: dict[str, list[Fact]] = defaultdict(list)
+    for fact in found_in.facts:
+        if fact.quantity is not None:
+            same[fact.quantity].append(fact)
+
+    def checked(fact: Fact) -> Checked:
+        rows = answer(fact, measured)
+        said = verdict(fact, evidence, rows)
+        return Checked(
+            fact=fact,
+            verdict=said.verdict,
+            why=said.why,
+            figures=rows.figures,
+            elsewhere=tuple(o for o in same.get(fact.quantity or "", ()) if o is not fact),
+            published=found_in.published.get(fact.quantity or "", ()),
+            subject_here=fact.subject in here,
+        )
+
+    return Audit(
+        found_in.titles,
+        tuple(Audited(t, tuple(checked(fact) for fact in t.facts)) for t in found_in.tables),
+    )
+
+
+def verdict(fact: Fact, evidence: Evidence, rows: Answer | None = None) -> Verdict:
+    """Return the verdict on `fact`: by arithmetic, by the report's rows, or that there is none.
+
+    `rows` are what `reports.fact_rows` says of it, None: that is asked here.
+    """
+    rows = answer(fact, Rows(evidence)) if rows is None else rows
+    sums = _sums(fact)
+    said = [*sums]
     if fact.id in ABOUT:
         said += [found] if (found := ABOUT[fact.id](evidence)) is not None else []
-    if not said:
-        return Verdict(NOT_HERE, f"Measured by: {fact.command}")
+    if rows.verdict is not None:
+        said.append(rows.verdict)
+    why = " ".join(one.why for one in said)
+    decided = [one.verdict for one in said if one.verdict != REMARK]
+    if not decided:
+        beside = _beside(fact, rows)
+        return Verdict(NOT_HERE, " ".join(part for part in (why, _needs(fact), beside) if part))
     # A contradiction or, failing that, what was measured gives the verdict; both are told.
-    first = said[0] if said[0].verdict == CONTRADICTED else said[-1]
-    return Verdict(first.verdict, " ".join(one.why for one in said))
+    return Verdict(CONTRADICTED if CONTRADICTED in decided else decided[-1], why)
 
 
-def documents_blocks(groups: Sequence[Group], records: Sequence[Record]) -> list[Block]:
+def _sums(fact: Fact) -> list[Verdict]:
+    """Return what arithmetic says: what was written for the fact, else what holds for its kind."""
+    if fact.id in ARITHMETIC:
+        return [ARITHMETIC[fact.id]()]
+    if fact.id in PRINTED:
+        return [PRINTED[fact.id](fact)]
+    found = (rule(fact) for rule in RULES)
+    return [first] if (first := next((one for one in found if one), None)) else []
+
+
+def _needs(fact: Fact) -> str:
+    """Return what would measure the fact."""
+    if fact.needs:
+        return f"Needs {fact.needs}."
+    on = f" on {fact.hardware}" if fact.hardware not in (None, "CPU") else ""
+    if fact.model or on:
+        return f"Needs {fact.model or 'a model'}{on}."
+    return "No row of this report is about it."
+
+
+def _beside(fact: Fact, rows: Answer) -> str:
+    """Return the figures that decide nothing, and why they do not."""
+    if not rows.figures:
+        return ""
+    doubts = list(dict.fromkeys(figure.doubt for figure in rows.figures if figure.doubt))
+    why = "; ".join(doubts) or "of another model"
+    if fact.value is None:
+        why = "the document gives no figure"
+    elif fact.ours is not None and rows.figures[0].row.model != fact.ours.where.get("model"):
+        why = "of another model"
+    return f"Here, deciding nothing ({why}): {told(fact, rows.figures)}."
+
+
+def documents_blocks(found: Audit) -> list[Block]:
     """Return the block of the claims that the report has something about, none without any."""
-    evidence = Evidence(tuple(groups), tuple(records))
-    shown = subjects(evidence)
-    found_in = documents()
-    lines = []
-    for fact in found_in.facts:
-        if fact.subject in shown:
-            found = verdict(fact, evidence)
-            lines.append(
-                (
-                    Field(fact.text),
-                    Field(f"{fact.document}, {fact.section}"),
-                    Field(fact.original, language="zh"),
-                    Field(found.verdict),
-                    Field(found.why),
-                )
-            )
+    shown = tuple(one for one in found.facts if one.subject_here)
+    lines = tuple(
+        (
+            Field(one.fact.text),
+            Field(f"{one.fact.document}, {one.fact.section}"),
+            Field(one.fact.original, language="zh"),
+            Field(one.verdict),
+            Field(f"{one.why} Measured by: {one.fact.command}" if one.open else one.why),
+        )
+        for one in shown
+    )
     if not lines:
         return []
     used = {line[1].text.partition(",")[0] for line in lines}
     heads = (Head("Claim"), Head("Where"), Head("As printed"), Head("Verdict"), Head("Why"))
-    grid = Grid("Claims", heads, tuple(lines))
-    named = "; ".join(f"{name}: {title}" for name, title in found_in.titles.items() if name in used)
+    grid = Grid("Claims", heads, lines)
+    named = "; ".join(f"{name}: {title}" for name, title in found.titles.items() if name in used)
     return [
         Block(
             "What the documents claim",
-            (_count([line[3].text for line in lines]),),
+            (f"Of {len(lines)} claims about what this report measured: {_counted(shown)}.",),
             (),
             (grid,),
             f"Documents: {named}. Only claims that this report has rows about are listed. That a "
@@ -70,121 +205,31 @@ def documents_blocks(groups: Sequence[Group], records: Sequence[Record]) -> list
     ]
 
 
-def _count(verdicts: Sequence[str]) -> str:
-    counts = [f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)]
-    return f"Of {len(verdicts)} claims about what this report measured: {', '.join(counts)}."
-
-
-def _prune_size() -> Verdict:
-    stored = 100 * arithmetic.bitmap_bits(0.3, 32) / 32
-    return Verdict(
-        CONTRADICTED,
-        "prune.remove leaves zeros in a dense FP32 tensor, which still takes 100 MB; with a bitmap "
-        f"that says where they are it takes {stored:.1f} MB.",
-    )
-
-
-def _prune_quant_size() -> Verdict:
-    free, bitmap = 32 / (0.7 * 8), 32 / arithmetic.bitmap_bits(0.3, 8)
-    return Verdict(
-        CONTRADICTED,
-        f"{free:.2f}x counts no position of the weights that are left: 32 / (0.7 · 8). A bitmap "
-        f"costs 1 bit a weight: 32 / (0.7 · 8 + 1) = {bitmap:.2f}x; stored dense, zeros cost as "
-        "much as any value: 32 / 8 = 4.00x.",
-    )
-
-
-def _adaptive() -> Verdict:
-    found = arithmetic.adaptive_quantizer([0.02] * 72, [1] * 72)
-    changed = sum(width < 32 for width in found.bits)
-    return Verdict(
-        CONTRADICTED,
-        f"Ratios of single layers do not multiply. With 72 equal layers the product reaches "
-        f"{found.claimed:g} after {changed} layer, the most sensitive one; the others stay FP32 "
-        f"and the model is {found.true:.3f}x smaller.",
-    )
-
-
-def _learnable() -> Verdict:
-    points = [place / 997 for place in range(-997, 998)]
-    share = arithmetic.slope_in_input(points)
-    return Verdict(
-        CONTRADICTED,
-        f"Rounding is flat almost everywhere: of {len(points)} inputs {100 * share:.0f} % move "
-        "the output by a small step, so no gradient reaches the weights without a straight-through "
-        "estimator; and nothing is clipped, so num_bits bounds nothing.",
-    )
-
-
-def _search_threshold() -> Verdict:
-    low, high = (arithmetic.loss_margin_as_perplexity(value) for value in (5.68, 30.0))
-    return Verdict(
-        ADDS_UP,
-        f"A loss that grows by 3 % is a perplexity that grows by {100 * low:.1f} % at 5.68 and by "
-        f"{100 * high:.1f} % at 30: the margin is not one of perplexity.",
-    )
-
-
-def _hardware_aware() -> Verdict:
-    return Verdict(
-        CONTRADICTED,
-        "The entries of intel_cpu and arm_mobile have no key tensor_core_support, which is read "
-        "first: the function raises KeyError for both.",
-    )
-
-
-def _nanogpt_original() -> Verdict:
-    shape = SHAKESPEARE_CHAR
-    found = sizes(shape)
-    name, unit, value = arithmetic.nearest_reading(shape, 39.47)
-    bare = found.parameters - shape.context * shape.width
-    return Verdict(
-        CONTRADICTED,
-        f"The model has {found.parameters:,} parameters ({bare:,} without position embeddings): "
-        f"{found.float32_bytes / MIB:.1f} MiB or {found.float32_bytes / 1e6:.1f} MB in FP32, about "
-        f"{found.checkpoint_bytes / MIB:.0f} MiB with the optimizer's state that ckpt.pt holds. "
-        f"The nearest reading, {name}, is {value:.2f} {unit}, "
-        f"{100 * abs(value / 39.47 - 1):.1f} % off.",
-    )
-
-
-def _nanogpt_quantized() -> Verdict:
-    size = sizes(SHAKESPEARE_CHAR).dynamic_bytes
-    return Verdict(
-        ADDS_UP,
-        f"Linears in INT8 and embeddings in FP32 are {size / 1e6:.2f} MB before the overhead of "
-        "the file, as printed if MB are decimal; the listing's own unit is MiB, and there it is "
-        f"{size / MIB:.2f}. The listing also asks for INT8 embeddings, which quantize_dynamic "
-        "refuses.",
-    )
-
-
-def _nanogpt_ratio() -> Verdict:
-    found = sizes(SHAKESPEARE_CHAR)
-    return Verdict(
-        CONTRADICTED,
-        f"39.47 / 11.23 = {39.47 / 11.23:.2f}, so the ratio fits the two figures; but the model's "
-        f"own FP32 bytes over those with INT8 linears are {found.dynamic_ratio:.2f}x, and over a "
-        f"checkpoint with the optimizer's state {found.checkpoint_ratio:.1f}x.",
-    )
-
-
-def _nanogpt_speed() -> Verdict:
-    return Verdict(
-        ADDS_UP, f"4.56 / 3.12 = {4.56 / 3.12:.2f}, from one run each, with no spread given."
-    )
-
-
-ARITHMETIC: Mapping[str, Callable[[], Verdict]] = {
-    "prune-size": _prune_size,
-    "prune-quant-size": _prune_quant_size,
-    "adaptive-compression": _adaptive,
-    "learnable-quantizer": _learnable,
-    "search-threshold": _search_threshold,
-    "hardware-aware": _hardware_aware,
-    "nanogpt-original": _nanogpt_original,
-    "nanogpt-quantized": _nanogpt_quantized,
-    "nanogpt-ratio": _nanogpt_ratio,
-    "nanogpt-speed": _nanogpt_speed,
+MEANINGS: Mapping[str, tuple[str, str]] = {
+    "reproduced": (
+        "✓",
+        "the figure of a row of the same model by the same protocol is the printed one: within "
+        "1 % for sizes and perplexity, within 10 % for speed, which also needs the same card; a "
+        f"size may be {COMPUTED}",
+    ),
+    "differs": ("≠", "the same model and protocol, and another figure"),
+    CONTRADICTED: ("✗", "the figure cannot be right; the sum is written out"),
+    "adds up": (
+        "=",
+        "the figure follows from the document's own figures or from formats; nothing was run",
+    ),
+    "holds here": (
+        "✓",
+        "a claim that names no model, or a comparison, is true of every row named",
+    ),
+    "holds in part here": ("≈", "true of some of the rows named"),
+    "does not hold here": ("✗", "untrue of the rows named; other models may differ"),
+    "found here": ("✓", "the rows or records named are what the claim is about"),
+    "cannot be decided here": ("?", "there are rows about it, but they do not settle it"),
+    NOT_HERE: (
+        "○",
+        "no row of this report is of that model, protocol or card; what it needs and the command "
+        "stand beside it, and figures of other models where there are any",
+    ),
 }
-"""Claim -> what can be said of it without a run."""
+"""Verdict -> its sign, and what it means."""

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import pytest
 
+from harness.record import Record
 from reports import arithmetic
 from reports.audit import ABOUT, DIFFERS, Evidence, increase, subjects
-from reports.documents import ADDS_UP, ARITHMETIC, CONTRADICTED, documents_blocks, verdict
+from reports.claims import ARITHMETIC
+from reports.documents import MEANINGS, audit, documents_blocks, verdict
 from reports.facts import documents
 from reports.gather import make_groups, make_rows
 from reports.nanogpt_sizes import SHAKESPEARE_CHAR
+from reports.printed import PRINTED
+from reports.rows import Group
+from reports.sums import ADDS_UP, CONTRADICTED, REMARK
 from tests.reports.advanced import every_kind, sensitivity_record
 from tests.reports.synthetic import Synthetic
 
@@ -53,7 +58,8 @@ def test_a_margin_of_loss_is_more_of_perplexity() -> None:
 
 
 def test_every_check_is_of_a_fact() -> None:
-    assert set(ARITHMETIC) | set(ABOUT) <= {fact.id for fact in documents().facts}
+    assert set(ARITHMETIC) | set(PRINTED) | set(ABOUT) <= {fact.id for fact in documents().facts}
+    assert not set(ARITHMETIC) & set(PRINTED)
 
 
 def test_arithmetic_goes_before_rows_and_both_are_told() -> None:
@@ -62,21 +68,49 @@ def test_arithmetic_goes_before_rows_and_both_are_told() -> None:
     assert verdict(by_id["prune-quant-size"], nothing).verdict == CONTRADICTED
     assert "4.85x" in verdict(by_id["prune-quant-size"], nothing).why
     assert verdict(by_id["nanogpt-speed"], nothing).verdict == ADDS_UP
-    found = verdict(by_id["first-last-critical"], nothing)
-    assert found.verdict == "not measured here"
-    assert "python run.py job=sensitivity" in found.why
+    assert verdict(by_id["first-last-critical"], nothing).verdict == "not measured here"
 
 
 def test_claims_stand_only_where_the_report_has_something_about_them() -> None:
     assert subjects(evidence(empty=True)) == set()
     grid = Synthetic().grid()
-    assert documents_blocks(make_groups(make_rows(grid)), grid) == []
-    (block,) = documents_blocks([], [sensitivity_record()])
-    assert len(block.grids[0].lines) == 3
+    assert documents_blocks(audit(make_groups(make_rows(grid)), grid)) == []
+    (block,) = documents_blocks(audit([], [sensitivity_record()]))
+    about = [fact for fact in documents().facts if fact.subject == "sensitivity"]
+    assert len(block.grids[0].lines) == len(about) > 0
+    whys = {line[0].text: line[4].text for line in block.grids[0].lines}
+    for fact in about:
+        assert (fact.id in ABOUT or fact.id in ARITHMETIC) or "Measured by: " in whys[fact.text]
     assert subjects(evidence()) == {
         *("pruning", "mixed", "sensitivity", "calibration", "training", "distillation"),
         *("search", "deploy"),
     }
+
+
+def test_without_rows_nothing_is_said_of_rows() -> None:
+    found = audit([], [])
+    assert {one.fact.id for one in found.facts} == {fact.id for fact in documents().facts}
+    assert set(found.counts) <= {"not measured here", ADDS_UP, CONTRADICTED}
+    assert all(one.figures == () for one in found.facts)
+    assert sum(found.counts.values()) == len(found.facts)
+    assert REMARK not in found.counts
+
+
+def test_every_verdict_has_its_sign_and_meaning() -> None:
+    found = audit(*_of(every_kind() + Synthetic().grid()))
+    assert set(found.counts) <= set(MEANINGS)
+    signs = {name: sign for name, (sign, _) in MEANINGS.items()}
+    assert signs["reproduced"] != signs["differs"] != signs["not measured here"]
+
+
+def test_a_made_up_model_reproduces_nothing() -> None:
+    found = audit(*_of(every_kind() + Synthetic().grid()))
+    assert "reproduced" not in found.counts
+    assert "differs" not in found.counts
+
+
+def _of(records: list[Record]) -> tuple[list[Group], list[Record]]:
+    return make_groups(make_rows(records)), records
 
 
 def test_rows_give_their_verdicts_by_name() -> None:
