@@ -46,6 +46,7 @@ class Cell:
         command: the command that runs this cell again.
         id: name of its folder below `runs_dir`.
         key, artefact_key, baseline_key, model_key: the identities, as digests.
+        evaluation: digest of the evaluation text, empty where none is read.
         has_reference: whether there is an unquantized model to compare with.
     """
 
@@ -58,6 +59,7 @@ class Cell:
     baseline_key: str
     model_key: str
     reference_key: str
+    evaluation: str
     model_identity: dict[str, Any]
     random_weights: bool
     has_reference: bool
@@ -113,6 +115,7 @@ class Cell:
             "baseline": self.config["baseline"]["name"],
             "cell_key": self.key,
             "artefact_key": self.artefact_key,
+            "evaluation_digest": self.evaluation or None,
             "command": self.command,
             "random_weights": self.random_weights,
             "resolved": self.config,
@@ -179,6 +182,7 @@ def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
         baseline_key=baseline,
         model_key=model_key,
         reference_key=identity.reference_key(model_key, resolved, evaluation),
+        evaluation=evaluation,
         model_identity=model_identity,
         random_weights=model.random_weights,
         # A server's model is compared only where asked: its weights need not be here.
