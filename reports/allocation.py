@@ -74,7 +74,9 @@ def allocation_blocks(group: Group) -> list[Block]:
     rows = [row for row in group.measured if allocation_of(row)]
     if not rows:
         return []
-    pictures: list[Picture] = [drawn for row in rows[:MOST_PICTURES] if (drawn := _map(row))]
+    pictures: list[Picture] = [
+        drawn for row in rows[:MOST_PICTURES] if (drawn := allocation_map(row))
+    ]
     sentences = [_sentence(group, row) for row in rows]
     if len(rows) > MOST_PICTURES:
         sentences.append(f"Drawn are the first {MOST_PICTURES} of {len(rows)} allocations.")
@@ -299,7 +301,8 @@ def _every(rows: Sequence[Row]) -> Grid:
     return Grid(f"Matrix by matrix ({len(lines)})", heads, tuple(lines), folded=True)
 
 
-def _map(row: Row) -> Map | None:
+def allocation_map(row: Row) -> Map | None:
+    """Return the picture of the bits of each matrix of `row`, None where it has no allocation."""
     modules = [mapping(entry) for entry in sequence(allocation_of(row).get("modules"))]
     bits = [found for entry in modules if (found := figure(entry.get("bits"))) is not None]
     if not bits:

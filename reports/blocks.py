@@ -86,7 +86,57 @@ class Curves:
     lines: tuple[Line, ...]
 
 
-Picture = Map | Curves
+@dataclass(frozen=True)
+class Panel:
+    """One of several small charts of one scale: its title and lines of points (x, y)."""
+
+    title: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Small charts in rows, all of the same scales.
+
+    Lines of one label look alike in all of them. `points` have a label each and stand in a chart
+    of their own, `apart`; `level` is drawn across all of them as a line with its label.
+    """
+
+    name: str
+    alternative: str
+    caption: str
+    across: str
+    up: str
+    panels: tuple[Panel, ...]
+    apart: str = ""
+    points: tuple[Line, ...] = ()
+    level: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One line of `Intervals`: a difference with its interval, and the verdict as a word."""
+
+    label: str
+    difference: float
+    low: float
+    high: float
+    word: str
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """A picture of differences from 0, a line each; within `margin` they count as none."""
+
+    name: str
+    alternative: str
+    caption: str
+    across: str
+    lines: tuple[Interval, ...]
+    margin: float | None = None
+
+
+Picture = Map | Curves | Panels | Intervals
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
+from harness.record import Value
 from reports import protocols, words
 from reports.rows import Group, family
 from reports.summary import summary_table
@@ -94,6 +95,13 @@ def legend(group: Group) -> tuple[str, ...]:
     return (*LEGEND, REPEATED) if any(row.repetitions for row in group.measured) else LEGEND
 
 
+def title_of(value: Value) -> str:
+    """Return what a figure is called where its protocol stands elsewhere: `hellaswag acc_norm`."""
+    if family(value) == "tasks":
+        return f"{protocols.task_of(value.protocol)} {value.metric}"
+    return words.title(value.metric)
+
+
 def p_text(p: float) -> str:
     """Return a p-value with two digits."""
     return f"< {SMALLEST_P:g}" if p < SMALLEST_P else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
@@ -130,9 +138,8 @@ def line(one: Judgement) -> EvidenceLine:
 
 def _table(group: Group, judged: Judged, metric: str, protocol: str) -> Evidence:
     column = judged.of(metric, protocol)
-    is_task = family(column[0].value) == "tasks"
     return Evidence(
-        title=f"{protocols.task_of(protocol)} {metric}" if is_task else words.title(metric),
+        title=title_of(column[0].value),
         protocol=protocol,
         samples=words.listed(list(dict.fromkeys(samples_text(one) for one in column))),
         test="; ".join(dict.fromkeys(one.comparison.test for one in column)),

@@ -10,19 +10,25 @@ from reports.blocks import Block
 from reports.calibration import calibration_blocks
 from reports.compression import compression_blocks
 from reports.gather import is_row
+from reports.intervals import interval_blocks
 from reports.jobs import deploy_blocks, search_blocks
+from reports.multiples import multiple_blocks
+from reports.projection import projection_blocks
 from reports.rows import Group, Row, axes_label
 from reports.sensitivity import sensitivity_blocks
 from reports.training import training_blocks
 
 
 def group_blocks(group: Group) -> list[Block]:
-    """Return the blocks of what the methods of the group's rows left in their records."""
+    """Return the blocks of a group's rows: pictures of them all, and what their methods left."""
     return [
+        *interval_blocks(group),
+        *multiple_blocks(group),
         *allocation_blocks(group),
         *training_blocks(group),
         *compression_blocks(group),
         *calibration_blocks(group),
+        *projection_blocks(group),
     ]
 
 

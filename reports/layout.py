@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache, lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,33 +16,61 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports import plots, words
+from reports import pareto, words
+from reports.addresses import cell_page
 
 TEMPLATES = Path(__file__).with_name("templates")
 """By path: a folder `reports` where the program is called does not stand in its way."""
 
+_NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?")
+"""What a text may begin with; `figureOf` of `templates/tables.js` reads the same."""
+
+UNBROKEN = 20
+"""Letters of a word that stand on one line in a head or a label."""
+
 
 def html_page(template: str, svg: Mapping[str, str], **context: Any) -> str:
     """Return `template` filled with `context`; `svg` are its figures by name, trusted as markup."""
-    environment = _environment(autoescape=True)
-    environment.filters["breakable"] = _breakable
-    environment.filters["sortable"] = _sortable
-    return environment.get_template(template).render(
-        **context,
-        style=Markup((TEMPLATES / "style.css").read_text()),
-        script=Markup((TEMPLATES / "sort.js").read_text()),
-        svg={name: Markup(drawing) for name, drawing in svg.items()},
+    return (
+        _html_environment()
+        .get_template(template)
+        .render(
+            **context,
+            style=_trusted("style.css"),
+            script=_trusted("tables.js"),
+            svg={name: Markup(drawing) for name, drawing in svg.items()},
+        )
     )
 
 
 def markdown_page(template: str, **context: Any) -> str:
     """Return `template` filled with `context`, every text escaped."""
+    text = _markdown_environment().get_template(template).render(**context)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+@cache
+def _html_environment() -> Environment:
+    environment = _environment(autoescape=True)
+    environment.filters["breakable"] = _breakable
+    environment.filters["sortable"] = _sortable
+    environment.filters["cell_page"] = cell_page
+    return environment
+
+
+@cache
+def _markdown_environment() -> Environment:
     environment = _environment(finalize=_escape_markdown)
     environment.filters["code"] = _code
     environment.filters["fenced"] = _fenced
     environment.filters["raw"] = Markup
-    text = environment.get_template(template).render(**context)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return environment
+
+
+@cache
+def _trusted(name: str) -> Markup:
+    """Return a style sheet or a script of the project's own, read once for all pages."""
+    return Markup((TEMPLATES / name).read_text())
 
 
 def _environment(**options: Any) -> Environment:
@@ -53,27 +82,51 @@ def _environment(**options: Any) -> Environment:
         keep_trailing_newline=True,
         **options,
     )
-    environment.filters["caption"] = plots.caption
-    environment.filters["alternative"] = plots.alternative
+    environment.filters["caption"] = pareto.caption
+    environment.filters["alternative"] = pareto.alternative
     environment.filters["title_of"] = words.title
     return environment
 
 
 def _breakable(text: object) -> Markup:
     """Return `text` escaped, with places where a long name may break."""
-    return Markup(re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(str(text))))
+    return _broken(str(text))
 
 
-def _sortable(value: float) -> str:
-    """Return `value` as JavaScript's Number() reads it."""
-    return repr(value).replace("inf", "Infinity").replace("nan", "NaN")
+@lru_cache(maxsize=4096)
+def _broken(text: str) -> Markup:
+    # A page says the same names over and over.
+    if max(map(len, text.split()), default=0) <= UNBROKEN:
+        return Markup(escape(text))
+    return Markup(re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(text)))
+
+
+def _sortable(
+    value: float | None, text: str = "", factor: float = 1.0, exact: bool = True
+) -> Markup:
+    """Return the attribute `data-value` that a field sorts by, in its column's unit.
+
+    Nothing is returned where there is no value, where the field's own `text` already is that
+    number, or, unless the value must be `exact`, where `text` begins with it as it is shown.
+    """
+    if value is None:
+        return Markup()
+    number = f"{value / factor:.7g}"
+    begins = _NUMBER.match(text)
+    if begins and (not exact or float(begins[0].replace(",", "")) == float(number)):
+        return Markup()
+    spelled = number.replace("inf", "Infinity").replace("nan", "NaN")
+    return Markup(f' data-value="{spelled}"')
 
 
 def _escape_markdown(value: object) -> object:
     """Return `value` as text that Markdown shows as it is, on one line."""
-    if isinstance(value, Markup):
-        return value
-    text = " ".join(str(value).split())
+    return value if isinstance(value, Markup) else _escaped(str(value))
+
+
+@lru_cache(maxsize=16384)
+def _escaped(text: str) -> str:
+    text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
     # Within a word an underscore is plain text.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from harness.record import Failure, Record
 from reports import protocols, sections, words
 from reports.blocks import Block, named
-from reports.documents import documents_blocks
+from reports.documents import Audit, audit, documents_blocks
 from reports.engines import EngineTable, engine_tables, engine_warnings
 from reports.evidence import Evidence, evidence, legend
 from reports.extra import group_blocks, job_blocks
@@ -23,7 +23,12 @@ from reports.sections import Coverage, KernelLine, Machine, Prompt, Said
 from reports.summary import Table, detail_table, summary_table
 from reports.tasks import hierarchy
 
-FIGURES = ("artefact_bytes", "decode_tokens_per_second")
+FIGURES = ("artefact_bytes", "peak_memory_bytes", "decode_tokens_per_second")
+"""What quality is drawn against."""
+
+LEFT_TO_SCRIPT, MANY_ROWS = frozenset({"peak_memory_bytes"}), 60
+"""Figures that only the page's own chart draws in groups of many rows: each weighs by its rows."""
+
 QUALITY_FIRST = (
     *("perplexity", "kl_mean", "kl_median", "kl_p90", "kl_p99", "kl_noise_floor"),
     *("top1_agreement", "delta_p_mean", "mean_absolute_logit_difference", "nonfinite_logits"),
@@ -43,7 +48,7 @@ COST_FIRST = (
     *("artefact_bytes", "quantized_bytes", "head_bytes", "embedding_bytes", "other_bytes"),
     *("bits_per_weight", "computed_bytes", "computed_bits_per_weight", "peak_memory_bytes"),
     *("kv_cache_bytes", "quantize_seconds", "quantize_peak_bytes", "load_seconds"),
-    "first_logits_seconds",
+    *("first_logits_seconds", "read_bytes_per_token"),
 )
 
 DETAILS: tuple[tuple[str, set[str], tuple[str, ...]], ...] = (
@@ -113,7 +118,8 @@ class Page:
     """The whole report.
 
     `cells` are the rows of single records, repetitions apart; `others` stand for the records of
-    other jobs, which are no rows, and `blocks` show what those hold. `claims` are the documents'.
+    other jobs, which are no rows, and `blocks` show what those hold. `claims` are the documents'
+    that the report has rows about, `audit` is all that they print.
     """
 
     title: str
@@ -122,6 +128,7 @@ class Page:
     sections: tuple[Section, ...]
     blocks: tuple[Block, ...]
     claims: tuple[Block, ...]
+    audit: Audit
     troubles: tuple[Trouble, ...]
     problems: tuple[str, ...]
     machines: tuple[Machine, ...]
@@ -148,13 +155,15 @@ def make_page(
     machines = sections.machines([*cells, *others])
     shown = tuple(_section(group, taken) for group in groups)
     labels = {cell.record.cell: cell.label for cell in cells}
+    audited = audit(groups, records)
     return Page(
         title=f"Quantization compared: {_models([*groups, *others])}",
         facts=_facts([*cells, *others], problems),
         banners=tuple(_banners(groups, machines)),
         sections=shown,
         blocks=named(job_blocks(records, labels), _slug("jobs", taken)),
-        claims=tuple(documents_blocks(groups, records)),
+        claims=tuple(documents_blocks(audited)),
+        audit=audited,
         troubles=tuple(
             Trouble(cell, cell.record.errors)
             for cell in [*cells, *others]
@@ -175,6 +184,8 @@ def _section(group: Group, taken: set[str]) -> Section:
     slug = _slug(group.title, taken)
     figures = []
     for metric in FIGURES:
+        if metric in LEFT_TO_SCRIPT and len(group.rows) > MANY_ROWS:
+            continue
         drawn = plane(group, metric)
         if drawn is not None:
             figures.append(

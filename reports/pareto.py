@@ -97,3 +97,22 @@ def _distance(cosine: Value) -> Value:
 
 def _drawable(value: float) -> bool:
     return math.isfinite(value) and value > 0
+
+
+def alternative(plane: Plane) -> str:
+    """Return what the figure is, in one line, for who does not see it."""
+    return (
+        f"{words.title(plane.quality)} against {words.title(plane.metric).lower()}, one point a row"
+    )
+
+
+def caption(plane: Plane) -> str:
+    """Return what the figure shows and which rows it leaves out."""
+    text = (
+        f"{words.title(plane.quality)} ({plane.perplexity_protocol}) against "
+        f"{words.title(plane.metric).lower()} ({plane.protocol}). Filled markers on the dashed "
+        "line: no other row is better in both. Hollow: another row is. Star: the baseline."
+    )
+    if plane.left_out:
+        text += f" Not drawn: {'; '.join(plane.left_out)}."
+    return text

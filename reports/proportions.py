@@ -22,10 +22,10 @@ leave out 0 where the test does not reject.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from scipy.optimize import brentq
-from scipy.special import gammaincinv, ndtri
-from scipy.stats import binom
+from scipy.special import bdtr, gammaincinv, ndtri
 
 EXACT = 25
 """Flips from which on McNemar's test is not the exact one."""
@@ -40,12 +40,13 @@ def mcnemar(lost: int, gained: int) -> float:
     if not flips:
         return 1.0
     fewer = min(lost, gained)
-    p = 2 * binom.cdf(fewer, flips, 0.5)
+    p = 2 * float(bdtr(fewer, flips, 0.5))
     if flips >= EXACT:
-        p -= binom.pmf(fewer, flips, 0.5)
-    return min(1.0, float(p))
+        p -= math.comb(flips, fewer) / 2**flips
+    return min(1.0, p)
 
 
+@lru_cache(maxsize=4096)
 def difference_interval(lost: int, gained: int, n: int, level: float) -> tuple[float, float]:
     """Return Tango's interval of the share right in `first` minus that in `second`, -1 to 1.
 

@@ -6,20 +6,27 @@ temporary name and renamed; equal records give equal bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.record import Record, read_records, write_atomically
-from reports import comparisons, pictures, plots, table, words
+from harness.record import Record, read_records
+from reports import axes, comparisons, contents, pictures, plots, table, words
+from reports.addresses import CELLS
+from reports.audit_pages import audit_files
+from reports.cells import cell_files
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.layout import html_page, markdown_page
 from reports.page import Page, main_kernel, make_page
-from reports.plots import Drawing
+from reports.palette import Drawing
 
 FOLDER = "report"
-FIGURE_PREFIXES = ("perplexity-", "embedding-", "sensitivity-", "allocation-", "training-")
+FIGURE_PREFIXES = (
+    *("perplexity-", "embedding-", "sensitivity-", "allocation-", "training-"),
+    *("intervals-", "multiples-"),
+)
 
 
 SUMMARY_LEGEND = (
@@ -110,16 +117,8 @@ def write_pages(
 ) -> ReportPaths:
     """Write the report of `records` into `folder`, made if missing."""
     page = make_page(records, problems, repeat)
-    drawings = {
-        figure.name: plots.draw(figure.plane, page.anchors, figure.name)
-        for section in page.sections
-        for figure in section.figures
-    }
-    blocks = [*page.blocks, *(block for section in page.sections for block in section.blocks)]
-    drawings |= {
-        picture.name: pictures.draw(picture) for block in blocks for picture in block.pictures
-    }
-    figures = {f"{name}.png": drawing.png for name, drawing in drawings.items()}
+    drawn = drawings(page)
+    figures = {f"{name}.png": drawing.png for name, drawing in drawn.items()}
     files = {
         **figures,
         "results.csv": table.results_csv(page.rows),
@@ -128,11 +127,16 @@ def write_pages(
         "comparisons.csv": comparisons.comparisons_csv(page.groups),
         "comparisons.parquet": comparisons.comparisons_parquet(page.groups),
         "report.md": markdown(page).encode(),
-        "report.html": html(page, drawings).encode(),
+        "report.html": html(page, drawn).encode(),
+        **cell_files(page),
+        **audit_files(page),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_atomically(folder / name, content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(folder / name, content)
+    for old in (folder / CELLS).glob("*.html"):
+        if f"{CELLS}/{old.name}" not in files:
+            old.unlink()
     for old in folder.glob("*.png"):
         if old.name.startswith(FIGURE_PREFIXES) and old.name not in figures:
             old.unlink()
@@ -149,9 +153,34 @@ def write_pages(
     )
 
 
-def html(page: Page, drawings: dict[str, Drawing]) -> str:
-    """Return the HTML page."""
-    svg = {name: drawing.svg for name, drawing in drawings.items()}
+def _write(path: Path, content: bytes) -> None:
+    """Write a file of a report, which a reader sees whole or as it was.
+
+    A report can be made again, so its hundreds of pages do not wait for the disk as records do.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def drawings(page: Page) -> dict[str, Drawing]:
+    """Return every figure and picture of `page` by its name, which stands in ids and files."""
+    figures = [figure for section in page.sections for figure in section.figures]
+    blocks = [*page.blocks, *(block for section in page.sections for block in section.blocks)]
+    shown = [picture for block in blocks for picture in block.pictures]
+    return {
+        **{one.name: plots.draw(one.plane, page.anchors) for one in figures},
+        **{one.name: pictures.draw(one) for one in shown},
+    }
+
+
+def html(page: Page, drawn: dict[str, Drawing]) -> str:
+    """Return the HTML page; `drawn` are its `drawings`."""
+    svg = {name: drawing.svg for name, drawing in drawn.items()}
     return html_page("report.html.jinja", svg, **_context(page))
 
 
@@ -164,6 +193,11 @@ def _context(page: Page) -> dict[str, Any]:
     return {
         "page": page,
         "main_kernel": main_kernel,
+        "anchor": contents.anchor,
+        "contents": contents.contents,
+        "axis_of": axes.axis,
+        "shown": axes.shown,
+        "told": axes.told,
         "reading": words.READING,
         "engines_legend": ENGINES_LEGEND,
         "summary_legend": SUMMARY_LEGEND,

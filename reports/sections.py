@@ -139,19 +139,19 @@ def coverages(group: Group) -> list[Coverage]:
     return found
 
 
-def prompts(group: Group) -> list[Prompt]:
-    """Return the first prompts, each with the texts of all rows that continued it."""
+def prompts(group: Group, most: int | None = MAX_PROMPTS) -> list[Prompt]:
+    """Return the first `most` prompts (None: all), each with the texts of the rows' models."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in group.rows:
         if kept_back(row, "generation"):
             continue
-        for entry in sequence(row.record.details.get("generation"))[:MAX_PROMPTS]:
+        for entry in sequence(row.record.details.get("generation"))[:most]:
             facts = {key: str(value) for key, value in mapping(entry).items()}
             texts = found.setdefault((facts.get("prompt", ""), facts.get("reference", "")), {})
             texts.setdefault(facts.get("text", ""), []).append(row.label)
     return [
         Prompt(prompt, reference, tuple(_continuations(reference, texts)))
-        for (prompt, reference), texts in list(found.items())[:MAX_PROMPTS]
+        for (prompt, reference), texts in list(found.items())[:most]
     ]
 
 

@@ -107,6 +107,13 @@ class Table:
 def summary_table(group: Group) -> Table:
     """Return the table that a choice is made from."""
     rows = group.measured
+    wanted = summary_columns(group)
+    return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
+
+
+def summary_columns(group: Group) -> list[tuple[str, str]]:
+    """Return (metric, protocol) of each column of the table that a choice is made from."""
+    rows = group.measured
     wanted: list[tuple[str, str]] = []
     for metric in ("artefact_bytes", "computed_bytes", "bits_per_weight"):
         wanted += _main(rows, metric)
@@ -119,8 +126,7 @@ def summary_table(group: Group) -> Table:
         wanted += _main(rows, metric)
     wanted += _main(rows, "prefill_tokens_per_second") + _main(rows, "decode_tokens_per_second")
     wanted += one_score_a_task(rows)[:MAX_TASKS_IN_SUMMARY]
-    wanted += _main(rows, "quantize_seconds") + _main(rows, "quantize_peak_bytes")
-    return Table(group, rows, tuple(column(group, rows, *pair) for pair in wanted))
+    return wanted + _main(rows, "quantize_seconds") + _main(rows, "quantize_peak_bytes")
 
 
 def detail_table(group: Group, families: set[str], first: Sequence[str] = ()) -> Table:

@@ -57,6 +57,7 @@ def test_a_page_with_everything_is_whole(runs: Write) -> None:
     assert all((paths.folder / image).is_file() for image in images)
     assert {image.split("-")[0] for image in images} == {
         *("perplexity", "embedding", "allocation", "training", "sensitivity"),
+        *("intervals", "multiples"),
     }
     for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
