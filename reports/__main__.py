@@ -22,7 +22,7 @@ PLAIN_WIDTH = 160
 EXIT_UNKNOWN_ROW = 1
 EXIT_USER_ERROR = 2
 
-COMMANDS = {"recommend": "reports.recommend", "diff": "reports.diff"}
+COMMANDS = {"recommend": "reports.recommend.command", "diff": "reports.diff.command"}
 """First words that are no folder, and the modules whose `main` takes the words behind them."""
 
 USAGE = """\

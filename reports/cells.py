@@ -14,12 +14,12 @@ from harness.record import Record, Value
 from reports import addresses, sections, words
 from reports.allocation import allocation_map
 from reports.blocks import Block, Map
+from reports.drawing.strips import Strip, strip
 from reports.evidence import EvidenceLine, line, samples_text, title_of
 from reports.extra import job_blocks
 from reports.layout import html_page
 from reports.page import DETAILS, Page
 from reports.rows import Group, Row, family, kept_back, mapping, sequence
-from reports.strips import Strip, strip
 from reports.summary import compare
 from reports.verdicts import Judged, judge
 

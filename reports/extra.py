@@ -9,10 +9,10 @@ from reports.allocation import allocation_blocks
 from reports.blocks import Block
 from reports.calibration import calibration_blocks
 from reports.compression import compression_blocks
+from reports.drawing.intervals import interval_blocks
+from reports.drawing.multiples import multiple_blocks
 from reports.gather import is_row
-from reports.intervals import interval_blocks
 from reports.jobs import deploy_blocks, search_blocks
-from reports.multiples import multiple_blocks
 from reports.projection import projection_blocks
 from reports.rows import Group, Row, axes_label
 from reports.sensitivity import sensitivity_blocks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from harness.record import Failure, Record
 from reports import protocols, sections, words
 from reports.blocks import Block, named
-from reports.documents import Audit, audit, documents_blocks
+from reports.documents.verdict import Audit, audit, documents_blocks
 from reports.engines import EngineTable, engine_tables, engine_warnings
 from reports.evidence import Evidence, evidence, legend
 from reports.extra import group_blocks, job_blocks

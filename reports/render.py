@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.record import Record, read_records
-from reports import axes, comparisons, contents, pictures, plots, table, words
+from reports import comparisons, contents, table, words
 from reports.addresses import CELLS
-from reports.audit_pages import audit_files
 from reports.cells import cell_files
+from reports.documents.pages import audit_files
+from reports.drawing import axes, pictures, plots
+from reports.drawing.palette import Drawing
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.layout import html_page, markdown_page
 from reports.page import Page, main_kernel, make_page
-from reports.palette import Drawing
 
 FOLDER = "report"
 FIGURE_PREFIXES = (

@@ -12,9 +12,9 @@ import pytest
 from harness.record import Record, Value
 from reports.addresses import cell_page
 from reports.cells import Node, cell_files, cell_pages, tree
+from reports.drawing.strips import strip
 from reports.page import make_page
 from reports.render import write_report
-from reports.strips import strip
 from tests.reports.advanced import deploy_record, every_kind, search_record, sensitivity_record
 from tests.reports.synthetic import (
     Synthetic,

@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from harness.record import Record
-from reports import axes, layout, svg
+from reports import layout
 from reports.addresses import cell_page
+from reports.drawing import axes, svg
 from reports.gather import make_groups, make_rows
 from reports.summary import Table, summary_table
 

@@ -12,9 +12,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from harness.record import FILE_NAME, Record
-from reports import palette, plots
 from reports.__main__ import main
 from reports.addresses import CELLS
+from reports.drawing import palette, plots
 from reports.render import ReportError, write_pages, write_report
 from tests.reports.synthetic import environment
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from reports import pictures
 from reports.blocks import Map
+from reports.drawing import pictures
 from reports.sensitivity import analyses, edges, sensitivity_blocks, sensitivity_text
 from reports.table import summary_text
 from tests.reports.advanced import job_record, sensitivity, sensitivity_record

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from harness.record import Record
-from reports import pictures
 from reports.blocks import Curves
 from reports.compression import compression_blocks
+from reports.drawing import pictures
 from reports.gather import make_groups, make_rows
 from reports.paired import compare
 from reports.rows import Group

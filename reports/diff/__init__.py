@@ -1,0 +1,1 @@
+"""`python -m reports diff A B`: what changed between two sets of records."""

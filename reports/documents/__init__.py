@@ -1,0 +1,1 @@
+"""What the five documents say, and what holds of it."""

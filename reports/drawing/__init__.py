@@ -1,0 +1,1 @@
+"""Figures: planes, curves, maps and intervals, as PNG and as SVG."""
