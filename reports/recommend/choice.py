@@ -316,7 +316,8 @@ def _rule(quality: Axis, axes: Axes, tested: Sequence[Comparison]) -> str:
 def _best_of(
     best: Row, quality: Axis, alike: Sequence[Row], tested: Mapping[str, Comparison]
 ) -> str:
-    text = f"{best.label} has it, {quality.text(best)}"
+    level = "lowest" if quality.lower else "highest"
+    text = f"{best.label} has the {level} {quality.title.lower()}, {quality.text(best)}"
     if not tested:
         return f"{text}; there is no other to compare it with."
     if not alike:

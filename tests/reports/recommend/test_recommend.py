@@ -159,7 +159,7 @@ def test_rows_that_nothing_tells_apart_are_chosen_by_memory() -> None:
     assert answer.selection.choice is not None
     said = " ".join(answer.selection.choice.why)
     assert "Holm" in said
-    assert f"{GPTQ8} has it, 10.0" in said
+    assert f"{GPTQ8} has the lowest perplexity, 10.0" in said
     assert f"; {RTN8} cannot be told from it." in said
     assert "least peak memory: 8.00 GB" in said
     assert "The unquantized fp32 qualifies too." in said
