@@ -7,23 +7,28 @@ not the documents'; where the claim names no metric, the rows' own is told and n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-from harness.record import Record
 from reports import words
 from reports.allocation import allocation_of, candidate_label, validate
 from reports.calibration import spreads
 from reports.compression import distillation_of, pruning_of
-from reports.gather import is_row
+from reports.documents.evidence import (
+    DIFFERS,
+    FAILS,
+    HOLDS,
+    PARTLY,
+    REPRODUCED,
+    UNDECIDED,
+    Evidence,
+    Verdict,
+)
 from reports.jobs import title_of
 from reports.rows import Group, Row, axes_label, main_protocol, mapping, sequence
 from reports.rows import number as figure
-from reports.sensitivity import Analysis, analyses, edges
+from reports.sensitivity import edges
 from reports.training import training_of
 
-HOLDS, FAILS, UNDECIDED = "holds here", "does not hold here", "cannot be decided here"
-DIFFERS, REPRODUCED, PARTLY = "differs", "reproduced", "holds in part here"
 KEY_SHARE = 1.5
 """Share of the summed KL over an even share from which a block counts as a key one."""
 
@@ -34,36 +39,6 @@ INT8_LOSS, INT4_LOSS = 0.01, 0.05
 """Increase of perplexity that counts as little, and as much."""
 
 MOST_NAMED = 4
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is said of a claim, and why."""
-
-    verdict: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a report has: its groups of rows, and all its records."""
-
-    groups: tuple[Group, ...]
-    records: tuple[Record, ...]
-
-    @property
-    def rows(self) -> Iterator[tuple[Group, Row]]:
-        """Every measured row with its group."""
-        return ((group, row) for group in self.groups for row in group.measured)
-
-    @property
-    def analyses(self) -> list[Analysis]:
-        """Every sensitivity analysis."""
-        return [found for record in self.records for found in analyses(record)]
-
-    def jobs(self, name: str) -> list[Record]:
-        """Return the records that hold what job `name` leaves."""
-        return [r for r in self.records if not is_row(r) and mapping(r.details.get(name))]
 
 
 def subjects(evidence: Evidence) -> set[str]:

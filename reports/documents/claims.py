@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from reports.documents import arithmetic
-from reports.documents.audit import Verdict
+from reports.documents.evidence import Verdict
 from reports.documents.nanogpt_sizes import MIB, SHAKESPEARE_CHAR, sizes
 from reports.documents.sums import ADDS_UP, CONTRADICTED
 

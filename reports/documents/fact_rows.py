@@ -15,15 +15,17 @@ from typing import Any
 
 from harness.record import Value
 from reports import words
-from reports.documents.audit import (
+from reports.documents.evidence import (
     DIFFERS,
     FAILS,
     HOLDS,
+    OF_DEMONSTRATION,
     PARTLY,
     REPRODUCED,
     UNDECIDED,
     Evidence,
     Verdict,
+    demonstration,
 )
 from reports.documents.facts import SIZE, SPEED, UNITS, Fact, Ours
 from reports.protocols import screening
@@ -304,7 +306,22 @@ def _held(fact: Fact, figures: Sequence[Figure]) -> Verdict | None:
     of_model = not fact.ours.metric.endswith("speedup") and fact.ours.metric not in FREE_OF_MODEL
     if fact.ours.form == "value" and fact.relation in "=~" and of_model:
         return None
-    return _verdict(fact, figures, (HOLDS, PARTLY, FAILS))
+    deciding = [figure for figure in figures if not _beside_the_point(figure)]
+    if not deciding:
+        why = "; ".join(dict.fromkeys(_beside_the_point(figure) for figure in figures))
+        return Verdict(UNDECIDED, f"Here {told(fact, figures)}. {why}")
+    return _verdict(fact, deciding, (HOLDS, PARTLY, FAILS))
+
+
+def _beside_the_point(figure: Figure) -> str:
+    """Return why a figure cannot decide on a claim about models in general, as a sentence."""
+    if not figure.computed and demonstration(figure.row.record):
+        return OF_DEMONSTRATION
+    if figure.doubt == APART:
+        return "Speeds of two runs that were not timed in turns decide nothing."
+    if figure.points and screening(figure.protocol):
+        return "A screening shows that a row is broken, not how much of its accuracy it keeps."
+    return ""
 
 
 def _verdict(fact: Fact, figures: Sequence[Figure], said: tuple[str, str, str]) -> Verdict | None:

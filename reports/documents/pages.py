@@ -47,7 +47,7 @@ def audit_files(page: Page) -> dict[str, bytes]:
         "contradictions": contradictions(page.audit),
         "by_document": by_document(page.audit),
         "more": _more(),
-        "meanings": MEANINGS,
+        "meanings": {name: MEANINGS[name] for name in MEANINGS if name in page.audit.counts},
         "sign": sign,
         "printed": printed,
         "place": place,

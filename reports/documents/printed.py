@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from reports.documents.audit import Verdict
+from reports.documents.evidence import Verdict
 from reports.documents.facts import Fact
 from reports.documents.formats import LAYOUTS
 from reports.documents.nanogpt_sizes import Shape, sizes

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from reports.documents.audit import Verdict
+from reports.documents.evidence import Verdict
 from reports.documents.fact_rows import shown
 from reports.documents.facts import SIZE, UNITS, Fact
 from reports.documents.formats import layout_of

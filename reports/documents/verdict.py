@@ -12,8 +12,17 @@ from dataclasses import dataclass
 
 from harness.record import Record
 from reports.blocks import Block, Field, Grid, Head
-from reports.documents.audit import ABOUT, Evidence, Verdict, subjects
+from reports.documents.audit import ABOUT, subjects
 from reports.documents.claims import ARITHMETIC
+from reports.documents.evidence import (
+    FAILS,
+    HOLDS,
+    OF_DEMONSTRATION,
+    PARTLY,
+    UNDECIDED,
+    Evidence,
+    Verdict,
+)
 from reports.documents.fact_rows import COMPUTED, NOT_HERE, Answer, Figure, Rows, answer, told
 from reports.documents.facts import Documents, Fact, Published, Table, documents
 from reports.documents.printed import PRINTED
@@ -128,8 +137,8 @@ def verdict(fact: Fact, evidence: Evidence, rows: Answer | None = None) -> Verdi
     rows = answer(fact, Rows(evidence)) if rows is None else rows
     sums = _sums(fact)
     said = [*sums]
-    if fact.id in ABOUT:
-        said += [found] if (found := ABOUT[fact.id](evidence)) is not None else []
+    if (found := _about(fact, evidence)) is not None:
+        said.append(found)
     if rows.verdict is not None:
         said.append(rows.verdict)
     why = " ".join(one.why for one in said)
@@ -139,6 +148,19 @@ def verdict(fact: Fact, evidence: Evidence, rows: Answer | None = None) -> Verdi
         return Verdict(NOT_HERE, " ".join(part for part in (why, _needs(fact), beside) if part))
     # A contradiction or, failing that, what was measured gives the verdict; both are told.
     return Verdict(CONTRADICTED if CONTRADICTED in decided else decided[-1], why)
+
+
+def _about(fact: Fact, evidence: Evidence) -> Verdict | None:
+    """Return what was written for the claim says of the rows, real models going first."""
+    if fact.id not in ABOUT:
+        return None
+    found = ABOUT[fact.id](evidence.real)
+    if found is not None:
+        return found
+    found = ABOUT[fact.id](evidence)
+    if found is None or found.verdict not in (HOLDS, PARTLY, FAILS):
+        return found
+    return Verdict(UNDECIDED, f"{found.why} {OF_DEMONSTRATION}")
 
 
 def _sums(fact: Fact) -> list[Verdict]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.record import Record, Value
-from reports.documents.audit import Evidence
+from reports.documents.evidence import Evidence
 from reports.documents.facts import Documents, Fact, read_table
 from reports.gather import make_groups, make_rows
 from tests.reports.synthetic import environment

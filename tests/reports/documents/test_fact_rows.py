@@ -218,6 +218,11 @@ def test_a_share_of_scores_may_be_a_point_away_and_of_sizes_one_per_cent() -> No
     assert verdict(claim, rows).verdict == "holds here"
     rows = evidence(scored("fp16", 0.5), scored("gptq", 0.48))
     assert verdict(claim, rows).verdict == "does not hold here"
+    part = [
+        replace(one, values=(replace(one.values[0], protocol="hellaswag_0shot_limit60"),))
+        for one in (scored("fp16", 0.5), scored("gptq", 0.5))
+    ]
+    assert verdict(claim, evidence(*part)).verdict == UNDECIDED
     shared = fact(value=35, unit="%", ours={**SIZE_FACT["ours"], "form": "share", "over": over})
     base = size(1e9, method="fp16")
     assert verdict(shared, evidence(base, size(0.3532e9))).verdict == "reproduced"
@@ -261,3 +266,51 @@ def test_figures_are_told_as_documents_print_them(value: float, unit: str, text:
 
 def _where() -> dict[str, object]:
     return {"metric": "perplexity", "model": "llama-7b", "method": "gptq", "bits": 4}
+
+
+def test_the_demonstration_model_decides_nothing_about_others() -> None:
+    claim = fact(
+        model=None,
+        value=1,
+        unit="%",
+        relation="<",
+        ours={
+            "metric": "perplexity",
+            "form": "increase",
+            "over": {"method": "fp16", "bits": 16},
+            "bits": 4,
+        },
+    )
+    rows = [
+        with_values(record("tiny", method, bits=bits), ("perplexity", "text", value))
+        for method, bits, value in (("fp16", 16, 10.0), ("gptq", 4, 10.05))
+    ]
+    assert verdict(claim, evidence(*rows)).verdict == "holds here"
+    shown = [replace(one, details={"model": {"kind": "embedded"}}) for one in rows]
+    found = verdict(claim, evidence(*shown))
+    assert found.verdict == "cannot be decided here"
+    assert "demonstration model, which decides nothing" in found.why
+    assert "0.5 %" in found.why
+
+
+def test_speeds_of_two_runs_decide_nothing() -> None:
+    claim = fact(
+        model=None,
+        value=None,
+        unit=None,
+        relation=">",
+        says="GPTQ is faster.",
+        ours={
+            "metric": "decode_tokens_per_second",
+            "form": "ratio",
+            "over": {"method": "fp16", "bits": 16},
+            "method": "gptq",
+        },
+    )
+    rows = [
+        with_values(record("tiny", method, bits=bits), ("decode_tokens_per_second", "d", value))
+        for method, bits, value in (("fp16", 16, 10.0), ("gptq", 4, 30.0))
+    ]
+    found = verdict(claim, evidence(*rows))
+    assert found.verdict == "cannot be decided here"
+    assert "not timed in turns decide nothing" in found.why

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from harness.record import Record
 from reports.documents import arithmetic
-from reports.documents.audit import ABOUT, DIFFERS, Evidence, increase, subjects
+from reports.documents.audit import ABOUT, increase, subjects
 from reports.documents.claims import ARITHMETIC
+from reports.documents.evidence import DIFFERS, Evidence, Verdict
 from reports.documents.facts import documents
 from reports.documents.nanogpt_sizes import SHAKESPEARE_CHAR
 from reports.documents.printed import PRINTED
@@ -143,3 +146,16 @@ def test_a_nanogpt_of_another_size_reproduces_nothing() -> None:
     assert found.verdict == DIFFERS
     assert "3,000,000 parameters" in found.why
     assert increase(groups[0], groups[0].rows[0]) == 0
+
+
+def test_real_models_go_before_the_demonstration_model() -> None:
+    claim = next(fact for fact in documents().facts if fact.id == "qat-best")
+    real = every_kind()
+    shown = [replace(one, details={**one.details, "model": {"kind": "embedded"}}) for one in real]
+
+    def found(records: list[Record]) -> Verdict:
+        return verdict(claim, Evidence(tuple(make_groups(make_rows(records))), tuple(records)))
+
+    assert found(real).verdict == "holds here"
+    assert found(shown).verdict == "cannot be decided here"
+    assert "demonstration model" in found(shown).why
