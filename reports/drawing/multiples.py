@@ -71,7 +71,7 @@ def _picture(
     caption = (
         f"{title} ({protocol}) over the bits of a weight, a chart a method, a line a group size; "
         "down is better. All charts have the same scales. Of rows of equal bits and group size "
-        "that differ in other options the lowest is drawn."
+        "that differ in other options the lowest is drawn; of points in a crowd some have no name."
     )
     if left_out:
         named = "; ".join(

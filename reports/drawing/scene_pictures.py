@@ -191,6 +191,10 @@ def _legend(styles: dict[str, int], picture: Panels) -> tuple[list[Item], float]
     return items, y + 26
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
 class _Frame:
     """One small chart: where it stands, and its scales."""
 
@@ -237,20 +241,27 @@ class _Frame:
             yield Mark(x, y, STYLES[style % len(STYLES)], tone, 3.2, True, line.label)
 
     def points(self, lines: Sequence[Line]) -> Iterator[Item]:
-        """Yield the points of `lines`, each with its name beside it, no two names on one line."""
-        (left, top), (wide, tall) = self._corner, self._size
+        """Yield the points of `lines`, each with its name beside it where that covers nothing.
+
+        In a crowd the others have no name but on hovering.
+        """
+        (left, _), (wide, _) = self._corner, self._size
         spots = [(line.label, *self._spot(*line.points[0])) for line in lines]
-        for at_left in (True, False):
-            half = [spot for spot in spots if (spot[1] < left + wide / 2) == at_left]
-            below = top
-            for label, x, y in sorted(half, key=lambda spot: spot[2]):
-                yield Mark(x, y, "diamond", "ink", 3.2, True, label)
-                # Where many stand close to each other the last ones have no name but on hovering.
-                below = max(below + SMALL + 1, y + 4)
-                if below > top + tall:
-                    continue
-                aside = 7 if at_left else -7
-                room = (left + wide - x if at_left else x - left) - 9
-                text = shortened(words.one_line(label), room, SMALL)
-                anchor = "start" if at_left else "end"
-                yield Words(x + aside, below, text, size=SMALL, anchor=anchor)
+        taken = [(x - 4, y - 4, x + 4, y + 4) for _, x, y in spots]
+        for label, x, y in sorted(spots, key=lambda spot: spot[2]):
+            yield Mark(x, y, "diamond", "ink", 3.2, True, label)
+            text = words.one_line(label)
+            length = text_width(text, SMALL)
+            for start, anchor in ((x + 7, "start"), (x - 7 - length, "end")):
+                box = (start, y - SMALL / 2, start + length, y + SMALL / 2)
+                inside = left <= box[0] and box[2] <= left + wide
+                if inside and not any(_meet(box, other) for other in taken):
+                    taken.append(box)
+                    yield Words(
+                        x + (7 if anchor == "start" else -7), y + 4, text, size=SMALL, anchor=anchor
+                    )
+                    break
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
