@@ -28,6 +28,9 @@ UNITS: dict[Kind, dict[str, float]] = {
     "plain": {"": 1.0},
     "loss": {"%": 0.01, "point": 0.01, "points": 0.01},
 }
+FEWEST_BYTES = 1e5
+"""Without a unit, fewer than any model has: a forgotten unit."""
+
 EXAMPLES: dict[Kind, str] = {
     "share": "3% or 0.03",
     "bytes": "8GB, 500MB or 2GiB",
@@ -209,6 +212,8 @@ def _quantity(key: str, value: str, kind: Kind) -> tuple[float, str]:
         raise ConditionError(
             f"{key}={value} is a share of {100 * amount:g} %: write {amount:g}% if that is meant"
         )
+    if kind == "bytes" and not match[2] and amount < FEWEST_BYTES:
+        raise ConditionError(f"{key}={value} is {amount:g} bytes: write {value}GB or {value}MB")
     return amount, match[2]
 
 

@@ -420,6 +420,7 @@ def test_the_device_is_that_of_the_records(
     [
         (["max_memroy=8GB"], r"max_memroy is no condition; close: max_memory.*known are max_"),
         (["8GB"], "'8GB' is no condition: write key=value, as max_memory=8GB"),
+        (["max_memory=8"], "max_memory=8 is 8 bytes: write 8GB or 8MB"),
         (["max_memory="], "is no condition: write key=value"),
         (["max_memory=8XB"], "max_memory=8XB cannot be read: write it as 8GB, 500MB or 2GiB"),
         (["max_memory=much"], "cannot be read"),
