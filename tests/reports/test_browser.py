@@ -96,9 +96,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path, address: str = "", **options: Any) -> Opened:
-    context = browser.new_context(
-        **{"viewport": {"width": 1300, "height": 900}, "reduced_motion": "reduce", **options}
-    )
+    context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
     context.set_offline(True)
     context.set_default_timeout(8000)
     found = Opened(context.new_page())
@@ -309,6 +307,14 @@ def test_a_click_far_away_scrolls_to_the_row(full: Opened) -> None:
     box = row.bounding_box()
     assert box is not None
     assert 0 < box["y"] < 900
+
+
+def test_a_link_leads_to_its_heading_across_all_tables(full: Opened) -> None:
+    full.page.evaluate("scrollTo(0, 0)")
+    full.page.locator('nav a[href="#environment"]').first.click()
+    full.page.wait_for_timeout(300)
+    top = full.page.evaluate("document.getElementById('environment').getBoundingClientRect().top")
+    assert 0 <= top < 120
 
 
 def test_a_search_box_stands_above_the_other_tables(full: Opened) -> None:
