@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,15 @@ from reports.cells import cell_files
 from reports.documents.pages import audit_files
 from reports.drawing import axes, pictures, plots
 from reports.drawing.palette import Drawing
+from reports.drawing.pictures import is_scene
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.layout import html_page, markdown_page
 from reports.page import Page, main_kernel, make_page
 
 FOLDER = "report"
+MOST_THREADS = 4
+"""Drawings at once: each holds a large picture."""
+
 FIGURE_PREFIXES = (
     *("perplexity-", "embedding-", "sensitivity-", "allocation-", "training-"),
     *("intervals-", "multiples-"),
@@ -191,10 +196,12 @@ def drawings(page: Page) -> dict[str, Drawing]:
     figures = [figure for section in page.sections for figure in section.figures]
     blocks = [*page.blocks, *(block for section in page.sections for block in section.blocks)]
     shown = [picture for block in blocks for picture in block.pictures]
-    return {
-        **{one.name: plots.draw(one.plane, page.anchors) for one in figures},
-        **{one.name: pictures.draw(one) for one in shown},
-    }
+    # Packing a PNG leaves other threads their turn; matplotlib's charts are for one thread alone.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
+        drawn = {one.name: pool.submit(plots.draw, one.plane, page.anchors) for one in figures}
+        drawn |= {one.name: pool.submit(pictures.draw, one) for one in shown if is_scene(one)}
+        charts = {one.name: pictures.draw(one) for one in shown if not is_scene(one)}
+    return {**{name: future.result() for name, future in drawn.items()}, **charts}
 
 
 def html(page: Page, drawn: dict[str, Drawing]) -> str:

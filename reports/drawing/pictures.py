@@ -8,6 +8,11 @@ from reports.drawing.palette import Drawing
 from reports.drawing.scenes import drawing
 
 
+def is_scene(picture: Picture) -> bool:
+    """Whether the picture is drawn without matplotlib, so that threads may draw several."""
+    return isinstance(picture, Panels | Intervals)
+
+
 def draw(picture: Picture) -> Drawing:
     """Draw `picture`; its name stands before every id of the SVG, which shares a page."""
     if isinstance(picture, Panels):
