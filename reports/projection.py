@@ -20,7 +20,7 @@ import yaml
 
 from reports import words
 from reports.blocks import Block, Field, Grid, Head, number, share
-from reports.rows import Group, Row, machine, main_protocol
+from reports.rows import Group, Row, machine, main_protocol, mapping, sequence
 
 BATCH_1 = "_batch1"
 """How protocols of one sequence at a time end: at others one reading serves several tokens."""
@@ -189,7 +189,7 @@ def _first(row: Row, metric: str) -> float | None:
 
 
 def _fits_into_caches(row: Row, protocol: str | None) -> bool:
-    points = row.record.details.get("speed", {}).get("points", ())
+    points = map(mapping, sequence(mapping(row.record.details.get("speed")).get("points")))
     return any(
         point.get("protocol") == protocol and point.get("weights_fit_into_caches")
         for point in points

@@ -69,6 +69,7 @@ def match(first: Sequence[Record], second: Sequence[Record]) -> Matching:
     """Return which rows of two sets belong together; records of other jobs are no rows."""
     left, right = make_rows(first, "none"), make_rows(second, "none")
     known = _known(left) & _known(right)
+    order = {row.record.cell: place for place, row in enumerate(left)}
     steps: tuple[Callable[[Row], Options], ...] = (
         lambda row: settings(row.record),
         lambda row: _asked(row, known),
@@ -78,14 +79,16 @@ def match(first: Sequence[Record], second: Sequence[Record]) -> Matching:
     found: list[tuple[Row, Row]] = []
     ambiguous: list[Ambiguous] = []
     for options_of in steps:
+        taken: set[int] = set()
         for ones, others in _shared(left, right, options_of):
             if len(ones) == len(others) == 1:
                 found.append((ones[0], others[0]))
             else:
                 ambiguous.append(Ambiguous(tuple(ones), tuple(others)))
-            left = [row for row in left if row not in ones]
-            right = [row for row in right if row not in others]
-    order = {row.record.cell: place for place, row in enumerate(make_rows(first, "none"))}
+            # By identity: to compare rows is to compare all their samples.
+            taken |= {id(row) for row in (*ones, *others)}
+        left = [row for row in left if id(row) not in taken]
+        right = [row for row in right if id(row) not in taken]
     found.sort(key=lambda pair: order[pair[0].record.cell])
     groups = {row.group_title for row, _ in found}
     return Matching(

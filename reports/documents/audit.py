@@ -7,7 +7,7 @@ not the documents'; where the claim names no metric, the rows' own is told and n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from reports import words
 from reports.allocation import allocation_of, candidate_label, validate
@@ -69,6 +69,11 @@ def _figure(group: Group, row: Row, metric: str) -> float | None:
     return None if value is None else value.value
 
 
+def _decided(cases: Sequence[bool], otherwise: str = UNDECIDED) -> str:
+    """Return that a claim holds in all `cases`, in none of them, or `otherwise`."""
+    return HOLDS if all(cases) else otherwise if any(cases) else FAILS
+
+
 def _percent(part: float) -> str:
     return f"{100 * part:.0f} %"
 
@@ -124,7 +129,7 @@ def _mixed(evidence: Evidence) -> Verdict | None:
             break
     if not told:
         return None
-    verdict = HOLDS if all(better) else FAILS if not any(better) else UNDECIDED
+    verdict = _decided(better)
     return Verdict(verdict, f"{'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -157,7 +162,7 @@ def _first_last(evidence: Evidence) -> Verdict | None:
         f"even {_percent(even)}"
         for one, (first, last, even) in found
     ]
-    verdict = HOLDS if all(keys) else FAILS if not any(keys) else PARTLY
+    verdict = _decided(keys, PARTLY)
     return Verdict(verdict, f"{'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -181,7 +186,7 @@ def _attention(evidence: Evidence) -> Verdict | None:
             )
     if not told:
         return None
-    verdict = HOLDS if all(higher) else FAILS if not any(higher) else UNDECIDED
+    verdict = _decided(higher)
     return Verdict(verdict, f"{'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -195,7 +200,7 @@ def _calibration(evidence: Evidence) -> Verdict | None:
         for text, count in whole
     ]
     more = [text > count for text, count in whole]
-    verdict = HOLDS if all(more) else FAILS if not any(more) else UNDECIDED
+    verdict = _decided(more)
     return Verdict(verdict, f"{'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -222,7 +227,7 @@ def _qat_best(evidence: Evidence) -> Verdict | None:
             told.append(f"{_told(row, own)} against {_told(other, change)}")
     if not told:
         return None
-    verdict = HOLDS if all(best) else FAILS if not any(best) else UNDECIDED
+    verdict = _decided(best)
     return Verdict(verdict, f"Perplexity: {'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -253,7 +258,7 @@ def _small(evidence: Evidence) -> Verdict | None:
         return None
     told = [_told(row, change) for rows in lost.values() for row, change in rows[:2]]
     much = [change > INT4_LOSS for _, change in lost[4]]
-    verdict = HOLDS if all(much) else FAILS if not any(much) else UNDECIDED
+    verdict = _decided(much)
     return Verdict(verdict, f"Perplexity: {'; '.join(told)}.")
 
 
@@ -279,7 +284,7 @@ def _distilled(evidence: Evidence) -> Verdict | None:
         told.append(f"{_told(row, own)}; {beside}")
     if not told:
         return None
-    verdict = HOLDS if all(good) else FAILS if not any(good) else UNDECIDED
+    verdict = _decided(good)
     return Verdict(verdict, f"Perplexity: {'; '.join(told[:MOST_NAMED])}.")
 
 
@@ -306,7 +311,7 @@ def _profiles(evidence: Evidence) -> Verdict | None:
             told.append(f"{found['profile']} ({name}) {'passed' if passed else 'did not pass'}")
     if not told:
         return None
-    verdict = HOLDS if all(states) else FAILS if not any(states) else UNDECIDED
+    verdict = _decided(states)
     return Verdict(
         verdict,
         f"With an accuracy gate, which the documents' pipeline lacks: {'; '.join(told[:8])}.",
@@ -335,8 +340,11 @@ def _nanogpt(metric: str, claimed: float, margin: float) -> Callable[[Evidence],
                 original.append(parameters == 10_745_088)
         if not told:
             return None
+        why = f"Here {'; '.join(told[:MOST_NAMED])}."
         same = all(near) and all(original)
-        return Verdict(REPRODUCED if same else DIFFERS, f"Here {'; '.join(told[:MOST_NAMED])}.")
+        if same and metric != "artefact_bytes":
+            return Verdict(UNDECIDED, f"{why} As printed, but the document names no processor.")
+        return Verdict(REPRODUCED if same else DIFFERS, why)
 
     return about
 

@@ -7,6 +7,7 @@ others published, what this project's rows say, and the verdict (`reports.docume
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from reports.blocks import Block
@@ -92,6 +93,9 @@ def _interval(fact: Fact) -> tuple[float, float]:
     return value, value if fact.to is None else fact.to
 
 
+_DECIMALS = re.compile(r"(?<![\d.])-?\d+\.\d+(?![\d.])")
+
+
 def _prints(found: list[Checked]) -> tuple[Print, ...]:
     groups: dict[tuple[str, str], list[Fact]] = {}
     for one in found:
@@ -104,9 +108,12 @@ def printed(fact: Fact) -> str:
     if fact.value is None:
         return ""
     before = {"=": "", "<": "below ", ">": "above ", "~": "about "}[fact.relation]
-    if fact.to is None:
-        return before + shown(fact.value, fact.unit)
-    return f"{before}{fact.value:,.15g} to {shown(fact.to, fact.unit)}"
+    if fact.to is not None:
+        return f"{before}{fact.value:,.15g} to {shown(fact.to, fact.unit)}"
+    text, plain = shown(fact.value, fact.unit), f"{fact.value:,.15g}"
+    # With the zeros that it is printed with, which a number does not keep: 5.70.
+    digits = next((d for d in _DECIMALS.findall(fact.original) if float(d) == fact.value), plain)
+    return before + text.replace(plain, digits, 1)
 
 
 def place(fact: Fact) -> str:

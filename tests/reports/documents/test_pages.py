@@ -231,3 +231,13 @@ def test_random_weights_show_no_quality(page: Page) -> None:
 )
 def test_printed_figures(changes: dict[str, object], text: str) -> None:
     assert printed(fact(**changes)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "original", "said"),
+    [(5.7, "| GPTQ | - | 5.70 |", "5.70"), (5.7, "5.72 and 15.70", "5.7"), (3.0, "3 GB", "3")],
+)
+def test_figures_keep_the_zeros_they_are_printed_with(
+    value: float, original: str, said: str
+) -> None:
+    assert printed(fact(value=value, original=original)) == said

@@ -17,7 +17,7 @@ from reports.documents.verdict import MEANINGS, audit, documents_blocks, verdict
 from reports.gather import make_groups, make_rows
 from reports.rows import Group
 from tests.reports.advanced import every_kind, sensitivity_record
-from tests.reports.synthetic import Synthetic
+from tests.reports.synthetic import Synthetic, changed
 
 
 def evidence(*, empty: bool = False) -> Evidence:
@@ -159,3 +159,22 @@ def test_real_models_go_before_the_demonstration_model() -> None:
     assert found(real).verdict == "holds here"
     assert found(shown).verdict == "cannot be decided here"
     assert "demonstration model" in found(shown).why
+
+
+def test_a_speed_without_a_named_processor_is_never_reproduced() -> None:
+    made = Synthetic("nanogpt").grid()
+    shown = [
+        changed(
+            replace(
+                r, details={**r.details, "model": {"kind": "nanogpt", "parameters": 10_745_088}}
+            ),
+            "decode_speedup",
+            value=1.46,
+        )
+        for r in made
+        if r.config["method"] in ("fp32", "int8_dynamic")
+    ]
+    found = ABOUT["nanogpt-speed"](Evidence(tuple(make_groups(make_rows(shown))), tuple(shown)))
+    assert found is not None
+    assert found.verdict == "cannot be decided here"
+    assert "names no processor" in found.why
