@@ -157,8 +157,9 @@ def usable(grids: DictConfig | None) -> list[dict[str, Any]]:
         needed = [module.strip() for module in str(grid.pop(NEEDS, "")).split(",")]
         missing = [m for m in needed if m and find_spec(m.partition(".")[0]) is None]
         if missing:
+            verb = "is" if len(missing) == 1 else "are"
             print(
-                f"note: grid {name} is left out: {' and '.join(missing)} is not installed here",
+                f"note: grid {name} is left out: {' and '.join(missing)} {verb} not installed here",
                 flush=True,
             )
         else:
