@@ -14,11 +14,11 @@ Nothing but tensors and plain data is unpickled (`torch.load(weights_only=True)`
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ from kernels.errors import ConfigError
 from methods.layers import check_finite
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+LARGEST_SIZE = 1 << 24
+"""Of any of them; the largest GPT-2 has a vocabulary of 50,257, and shapes are products."""
 PREFIX = "_orig_mod."
 MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 LINEARS = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
@@ -91,11 +93,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             nanoGPT checkpoint.
     """
     where = f"model.checkpoint={path}"
+    _check_archive(path, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what torch makes of a damaged file can be any error
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is not None:
             raise ConfigError(
@@ -116,7 +119,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "ckpt.pt that nanoGPT's train.py wrote"
         )
     for name in SIZES:
-        if type(args.get(name)) is not int or args[name] < 1:
+        if type(args.get(name)) is not int or not 1 <= args[name] <= LARGEST_SIZE:
             raise ConfigError(
                 f"{where}: model_args has {name} {args.get(name)!r}; it must be a whole number"
             )
@@ -127,6 +130,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ConfigError(f"{where}: {name} is no tensor of floating point numbers")
         check_finite(name, tensor)
     return Checkpoint({name: args[name] for name in SIZES}, kept, float(args.get("dropout") or 0.0))
+
+
+def _check_archive(path: Path, where: str) -> None:
+    """Refuse what is no archive as torch.save writes it, whose parts are stored as they are.
+
+    Its older format is one pickle behind another, with sizes that torch believes; a compressed
+    part can be a thousand times as large as the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        held = sum(part.file_size for part in parts)
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("a part is compressed")
+        if held > path.stat().st_size:
+            raise ValueError("its parts overlap")
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{where} cannot be read as a file of torch.save ({error}); it must be the ckpt.pt "
+            "that nanoGPT's train.py wrote"
+        ) from error
 
 
 def hugging_face(read: Checkpoint, path: Path) -> tuple[dict[str, Tensor], int, bool]:

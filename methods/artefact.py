@@ -8,18 +8,21 @@ can be copied elsewhere and loaded there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from kernels.errors import ConfigError
 from methods.base import Matrix
 from methods.encoders import auto_class
+from methods.files import read_object
 from methods.layers import bias_of
 
 WEIGHTS = "model.safetensors"
@@ -100,32 +103,81 @@ def load(
 
     `build(name, facts)` returns the empty module for each replaced layer; its tensors keep the
     types they are stored in. All other floating tensors are converted to `dtype`.
+
+    Raises:
+        ConfigError: a file is of another format, or says something that cannot be.
     """
-    document = json.loads((artefact / LAYERS).read_text())
-    if document.get("format") != FORMAT:
-        raise ValueError(f"{artefact / LAYERS} has format {document.get('format')!r}, not {FORMAT}")
-    layers: dict[str, Facts] = document["layers"]
+    layers, tied = read_layers(artefact)
     model = skeleton(artefact)
     for name, facts in layers.items():
-        parent, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(parent)
+        owner, attribute = _place(model, name, artefact)
         owner._parameters.pop(attribute, None)
-        setattr(owner, attribute, build(name, facts))
-    tensors = load_file(artefact / WEIGHTS, device=device)
+        setattr(owner, attribute, _built(name, facts, build))
+    try:
+        tensors = load_file(artefact / WEIGHTS, device=device)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ConfigError(f"{artefact / WEIGHTS} cannot be read: {error}") from error
     for name in list(tensors):
         inside = any(parent in layers for parent in _parents(name))
         if tensors[name].is_floating_point() and not inside:
             tensors[name] = tensors[name].to(dtype)
-    for name, source in document["tied"].items():
+    for name, source in tied.items():
+        if source not in tensors:
+            raise ConfigError(f"{artefact} ties {name!r:.80} to a tensor that it does not hold")
         tensors[name] = tensors[source]
-    model.load_state_dict(tensors, strict=True, assign=True)
-    for name, source in document["tied"].items():
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{artefact} does not fit its own model: {reason}") from error
+    for name, source in tied.items():
         _tie(model, name, source)
     for buffer_owner in model.modules():
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and buffer.device.type != torch.device(device).type:
                 buffer_owner._buffers[key] = buffer.to(device)
     return model.eval().requires_grad_(False)
+
+
+def read_layers(artefact: Path) -> tuple[dict[str, Facts], dict[str, str]]:
+    """Return (facts of each replaced module by name, name -> source of tied tensors).
+
+    Raises:
+        ConfigError: the file is of another format, or says something that cannot be.
+    """
+    path = artefact / LAYERS
+    document = read_object(path)
+    if document.get("format") != FORMAT:
+        raise ConfigError(f"{path} has format {document.get('format')!r:.40}, not {FORMAT}")
+    layers, tied = document.get("layers"), document.get("tied")
+    if not isinstance(layers, dict) or not all(isinstance(one, dict) for one in layers.values()):
+        raise ConfigError(f"{path} names no layers with their facts")
+    if not isinstance(tied, dict) or not all(isinstance(one, str) for one in tied.values()):
+        raise ConfigError(f"{path} does not say which tensors are tied")
+    return layers, tied
+
+
+def _place(model: nn.Module, name: str, artefact: Path) -> tuple[nn.Module, str]:
+    """Return the module that holds layer `name`, and its name there; never another attribute."""
+    parent, _, attribute = name.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        owner = None
+    if owner is None or attribute not in {**owner._modules, **owner._parameters}:
+        raise ConfigError(f"{artefact} holds a layer that its model lacks: {name!r:.80}")
+    return owner, attribute
+
+
+def _built(
+    name: str, facts: Mapping[str, Any], build: Callable[[str, Facts], nn.Module]
+) -> nn.Module:
+    """Return the empty module of a layer; its facts can say anything."""
+    try:
+        return build(name, dict(facts))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the facts of layer {name!r:.80} are none: {reason}") from error
 
 
 def _tie(model: nn.Module, name: str, source: str) -> None:

@@ -221,7 +221,9 @@ class Scales:
 
         assert self._calibration is not None
         ids = self._calibration[:1]
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True
+        )
         before = model(input_ids=ids).logits
         places = {id(block): place for place, block in enumerate(decoder_blocks(quantized)[1])}
         for block, scales in self._found:

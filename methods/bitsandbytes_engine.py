@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +32,7 @@ from kernels.errors import ConfigError
 from methods.artefact import checkpoint_dtype
 from methods.base import Execution, Hardware, Matrix, QuantizeReport
 from methods.engine import TorchEngine
+from methods.files import opened, whole
 from methods.layers import Selection, bias_of, check_finite, replace, weight_of
 from methods.library import check_covered, no_progress_bars, put_linear, require, uses_of
 
@@ -45,6 +45,9 @@ CUBLAS_WIDTH = 4
 """cuBLASLt multiplies INT8 matrices whose width is a multiple of this."""
 
 INT8_LARGEST = 127
+FOUR_BIT_PARTS = ("weight.absmax", "weight.quant_map")
+LARGEST_BLOCK = 4096
+"""Weights that share a scale; bitsandbytes has 32 to 4096."""
 STATE = "weight.quant_state.bitsandbytes__"
 
 CPU_4BIT = "bitsandbytes::gemv_4bit (AVX512_BF16)"
@@ -123,8 +126,13 @@ def matrices(folder: Path) -> list[Matrix]:
     for name, parts in _stored(folder).items():
         facts = _read_facts(name, parts)
         if facts is None:
-            with safe_open(parts["weight"], framework="pt") as tensors:
-                rows, width = tensors.get_slice(f"{name}.weight").get_shape()
+            if "weight" not in parts:
+                raise ConfigError(f"the checkpoint has no weight for {name}")
+            with opened(parts["weight"]) as tensors:
+                shape = tensors.get_slice(f"{name}.weight").get_shape()
+            if len(shape) != 2:
+                raise ConfigError(f"the checkpoint's {name}.weight has {len(shape)} dimensions")
+            rows, width = shape
         else:
             rows, width = facts["shape"]
         found.append(Matrix(name, "block", rows, width))
@@ -147,7 +155,7 @@ def _stored(folder: Path) -> dict[str, dict[str, Path]]:
     """Return the files in which the parts of each quantized matrix lie: name -> part -> file."""
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
+        with opened(path) as tensors:
             files |= dict.fromkeys(tensors.keys(), path)
     marks = (f".{STATE}", ".SCB")
     names = {name.partition(mark)[0] for name in files for mark in marks if mark in name}
@@ -166,23 +174,56 @@ def _dots(name: str) -> list[int]:
 def _read(name: str, parts: dict[str, Path]) -> dict[str, Tensor]:
     found = {}
     for part, path in parts.items():
-        with safe_open(path, framework="pt") as tensors:
+        with opened(path) as tensors:
             found[part] = tensors.get_tensor(f"{name}.{part}")
     return found
 
 
 def _facts(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the JSON facts of a 4-bit matrix: shape, block size, offset of the scales."""
-    state = next(tensor for part, tensor in tensors.items() if part.startswith(STATE))
-    facts: dict[str, Any] = json.loads(bytes(state.tolist()))
-    return facts
+    """Return the JSON facts of a 4-bit matrix: shape, block size, offset of the scales.
+
+    Raises:
+        ConfigError: they are none, or say something that cannot be.
+    """
+    name, state = next((part, t) for part, t in tensors.items() if part.startswith(STATE))
+    try:
+        facts = json.loads(state.contiguous().view(torch.uint8).numpy().tobytes())
+    except (ValueError, RecursionError, RuntimeError) as error:
+        raise ConfigError(f"the checkpoint's {name} holds no JSON: {error}") from error
+    found: dict[str, Any] = facts if isinstance(facts, dict) else {}
+    shape, offset = found.get("shape"), found.get("nested_offset", 0.0)
+    sized = isinstance(shape, list) and len(shape) == 2 and all(whole(n, 1, 1 << 40) for n in shape)
+    blocks = [found.get("blocksize"), found.get("nested_blocksize", 1)]
+    if (
+        not sized
+        or not all(whole(n, 1, LARGEST_BLOCK) for n in blocks)
+        or type(offset) is not float
+    ):
+        raise ConfigError(f"the checkpoint's {name} states no shape and block size that can be")
+    return found
 
 
 def decode(tensors: dict[str, Tensor]) -> Tensor:
     """Return the weight, float32 [out, in], from a matrix's stored tensors (`weight`, ...) alone.
 
     4-bit weights are those of bitsandbytes' dequantize_4bit bit for bit; blocks run through rows.
+
+    Raises:
+        ConfigError: a part is missing, or they do not fit together.
     """
+    wanted = ("SCB",) if "SCB" in tensors else FOUR_BIT_PARTS
+    if "weight.nested_absmax" in tensors:
+        wanted = (*wanted, "weight.nested_quant_map")
+    if missing := [part for part in ("weight", *wanted) if part not in tensors]:
+        raise ConfigError(f"the checkpoint lacks {missing[0]} of a quantized matrix")
+    try:
+        return _decoded(tensors)
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the parts of a quantized matrix do not fit: {reason}") from error
+
+
+def _decoded(tensors: dict[str, Tensor]) -> Tensor:
     if "SCB" in tensors:
         return tensors["weight"].float() * (tensors["SCB"] / INT8_LARGEST).unsqueeze(1)
     facts = _facts(tensors)

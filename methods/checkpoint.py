@@ -10,14 +10,12 @@ without loss, and its own kernels run it (`methods.repack`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from kernels.errors import ConfigError
@@ -32,13 +30,14 @@ from methods import (
     repack,
 )
 from methods.base import Engine, Hardware, Matrix, QuantizeReport
-from methods.files import take
+from methods.files import opened, read_object, take, whole
 from methods.gguf import FILE as GGUF_FILE
 from methods.gguf import load_dequantized as gguf_dequantized
 from methods.gguf import load_file as gguf_load
 from methods.layers import Scope, select
 from methods.options import refuse_emulated
 from methods.packed import load_engine
+from methods.patterns import check_patterns
 
 Loader = Callable[[Path, Hardware], Engine]
 
@@ -79,44 +78,72 @@ def scheme_of(folder: Path) -> Scheme:
     """Return the scheme of the checkpoint in `folder`, as its own configuration states it.
 
     Raises:
-        ConfigError: it is not quantized, or quantized as nothing here can run.
+        ConfigError: it is not quantized, or quantized as nothing here can run, or its
+            configuration says something that cannot be.
     """
     if (folder / GGUF_FILE).is_file():
         return Scheme("gguf", None, None)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = config.get("quantization_config")
+    stated = read_object(folder / "config.json").get("quantization_config")
+    if stated is not None and not isinstance(stated, dict):
+        raise ConfigError(f"the quantization_config of {folder} is no object")
     if stated is None and not any((folder / name).is_file() for name in gptq_format.CONFIG_FILES):
         raise ConfigError(
             "method=checkpoint measures checkpoints that are quantized already, and this one is "
             "not (no quantization_config in its config.json); choose a method that quantizes it"
         )
-    kind = str(stated.get("quant_method")) if stated else "gptq"
+    said: Mapping[str, Any] = stated or {}
+    kind = str(said.get("quant_method")) if said else "gptq"
     if kind not in LOADERS:
+        known = ", ".join(LOADERS)
         raise ConfigError(
-            f"the checkpoint is quantized as {kind!r}; method=checkpoint runs {', '.join(LOADERS)}"
+            f"the checkpoint is quantized as {kind!r:.60}; method=checkpoint runs {known}"
         )
     if kind == "bitsandbytes":
         sizes = bitsandbytes_engine.group_sizes(folder)
         return Scheme(kind, 8.0 if sizes == {-1} else 4.0, sizes.pop() if len(sizes) == 1 else None)
     if kind == "compressed-tensors":
-        return _compressed_scheme(stated)
+        return _compressed_scheme(said)
     if kind == "hqq":
-        params = stated.get("quant_config", {}).get("weight_quant_params", {})
-        bits, size = params.get("nbits"), params.get("group_size")
-        return Scheme(kind, None if bits is None else float(bits), size)
+        params = _objects(_objects(said, "quant_config"), "weight_quant_params")
+        return Scheme(kind, *_stated(params, "nbits", "group_size"))
     found = gptq_format.scheme_of(folder)
     return Scheme(found.kind, float(found.bits), found.group_size)
 
 
 def _compressed_scheme(stated: Mapping[str, Any]) -> Scheme:
-    groups = [group["weights"] for group in stated.get("config_groups", {}).values()]
-    bits = {float(weights["num_bits"]) for weights in groups}
-    sizes = {-1 if w.get("strategy") == "channel" else w.get("group_size") for w in groups}
+    check_patterns("ignore of the quantization_config", stated.get("ignore"))
+    bits, sizes = set(), set()
+    named = _objects(stated, "config_groups")
+    for name in named:
+        group = _objects(named, name)
+        check_patterns(f"targets of {name!r:.40}", group.get("targets"))
+        weights = _objects(group, "weights")
+        width, size = _stated(weights, "num_bits", "group_size")
+        bits.add(width)
+        sizes.add(-1 if weights.get("strategy") == "channel" else size)
     return Scheme(
         "compressed-tensors",
         bits.pop() if len(bits) == 1 else None,
         sizes.pop() if len(sizes) == 1 else None,
     )
+
+
+def _objects(stated: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the object under `key`, an empty one where there is none."""
+    found = stated.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"the quantization_config of the checkpoint has {key!r:.40} as no object")
+    return found or {}
+
+
+def _stated(params: Mapping[str, Any], bits: str, size: str) -> tuple[float | None, int | None]:
+    """Return (bits, group size) as `params` state them; None where they do not."""
+    width, group = params.get(bits), params.get(size)
+    if width is not None and not whole(width, 1, 16):
+        raise ConfigError(f"the quantization_config says {bits}={width!r:.40}; it must be 1 to 16")
+    if group is not None and group != -1 and not whole(group, 1, gptq_format.LARGEST_GROUP):
+        raise ConfigError(f"the quantization_config says {size}={group!r:.40}; it must be above 0")
+    return None if width is None else float(width), None if group is None else int(group)
 
 
 @dataclass(frozen=True)
@@ -232,7 +259,7 @@ def _stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Return tensor name -> (stored type, shape) of the safetensors files in `folder`."""
     found: dict[str, tuple[str, list[int]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
+        with opened(path) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a mapping
                 part = tensors.get_slice(name)
                 found[name] = (part.get_dtype(), list(part.get_shape()))
@@ -248,10 +275,16 @@ def _is_quantized(matrix: Matrix, stored: Mapping[str, tuple[str, list[int]]]) -
 def _sizes(matrix: Matrix, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, int]:
     """Return tensor name -> bits of what is stored for `matrix`, its bias left out."""
     return {
-        name: WIDTHS[dtype] * math.prod(shape)
+        name: _width(name, dtype) * math.prod(shape)
         for name, (dtype, shape) in stored.items()
         if name.startswith(f"{matrix.name}.") and name != f"{matrix.name}.bias"
     }
+
+
+def _width(name: str, dtype: str) -> int:
+    if dtype not in WIDTHS:
+        raise ConfigError(f"the checkpoint stores {name} as {dtype}, whose size is not known here")
+    return WIDTHS[dtype]
 
 
 WIDTHS = {

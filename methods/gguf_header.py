@@ -23,6 +23,8 @@ ALIGNMENT = 32
 MOST_DIMENSIONS = 4
 # No vocabulary comes near; a file that states more is damaged, and walking it would take minutes.
 MOST_ITEMS = 1 << 22
+# The largest models have some thousands of each.
+MOST_ENTRIES = 1 << 16
 STRING, ARRAY = 8, 9
 # Value types of the specification, as struct formats; strings and arrays stand apart.
 SCALARS = {
@@ -86,10 +88,10 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _DamagedError("its header has a text that is not UTF-8") from None
 
-    def count(self, smallest: int, what: str) -> int:
+    def count(self, smallest: int, what: str, most: int = MOST_ITEMS) -> int:
         """Return a count of things of `smallest` bytes or more, which must fit in."""
         count: int = self.number("Q")
-        if count > MOST_ITEMS or count * smallest > self.left():
+        if count > most or count * smallest > self.left():
             raise _DamagedError(f"its header states {count} {what}, more than it can hold")
         return count
 
@@ -152,26 +154,28 @@ def _walk(cursor: _Cursor) -> Header:
         raise _DamagedError(
             f"its version is {version}, and versions 2 and 3 (little endian) are known"
         )
-    tensor_count = cursor.count(24, "tensors")
+    tensor_count = cursor.count(24, "tensors", MOST_ENTRIES)
     fields: dict[str, Any] = {}
-    for _ in range(cursor.count(13, "values")):
+    for _ in range(cursor.count(13, "values", MOST_ENTRIES)):
         key = cursor.string()
         if key in fields:
-            raise _DamagedError(f"its header states {key!r} twice")
+            raise _DamagedError(f"its header states {key!r:.80} twice")
         fields[key] = cursor.value(cursor.number("I"))
     if fields.get("split.count", 1) != 1:
         raise _DamagedError("it is one of several parts; join them with llama-gguf-split --merge")
     infos = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = fields.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _DamagedError(f"its alignment is {alignment!r}")
+        raise _DamagedError(f"its alignment is {alignment!r:.40}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, tuple[StoredTensor, int]] = {}
     for name, tensor, offset in infos:
         if name in tensors:
-            raise _DamagedError(f"tensor {name!r} stands in it twice")
+            raise _DamagedError(f"tensor {name!r:.80} stands in it twice")
         if start + offset + tensor.bytes > len(cursor.data):
-            raise _DamagedError(f"it is truncated: tensor {name!r} ends behind the end of the file")
+            raise _DamagedError(
+                f"it is truncated: tensor {name!r:.80} ends behind the end of the file"
+            )
         tensors[name] = (tensor, start + offset)
     return Header(fields, tensors)
 
@@ -182,16 +186,16 @@ def _tensor(cursor: _Cursor) -> tuple[str, StoredTensor, int]:
     name = cursor.string()
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
-        raise _DamagedError(f"tensor {name!r} has {dimensions} dimensions")
+        raise _DamagedError(f"tensor {name!r:.80} has {dimensions} dimensions")
     widths = [cursor.number("Q") for _ in range(dimensions)]
     number, offset = cursor.number("I"), cursor.number("Q")
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise _DamagedError(f"tensor {name!r} is of an unknown type, number {number}") from None
+        raise _DamagedError(f"tensor {name!r:.80} is of an unknown type, number {number}") from None
     block, size = GGML_QUANT_SIZES[kind]
     if widths[0] % block or 0 in widths:
         raise _DamagedError(
-            f"rows of tensor {name!r} are {widths[0]} wide, which {kind.name} is not"
+            f"rows of tensor {name!r:.80} are {widths[0]} wide, which {kind.name} is not"
         )
     return name, StoredTensor(kind.name, prod(widths) // block * size, tuple(widths[::-1])), offset

@@ -191,7 +191,7 @@ def hf_names(model_type: str, tensor: str) -> list[str]:
             if own == stem:
                 return [f"{prefix}{module}.{kind}"]
     raise ConfigError(
-        f"GGUF tensor {tensor!r} is none of architecture {family.arch!r} that can be read here"
+        f"GGUF tensor {tensor!r:.80} is none of architecture {family.arch!r} that can be read here"
     )
 
 

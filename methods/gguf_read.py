@@ -6,6 +6,7 @@ independent reading of the same bytes. Importing this module imports neither tor
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from methods.gguf_names import (
     model_type_of,
     split_name,
 )
+
+MOST_SHOWN = 8
+"""Entries of a list that a sentence shows."""
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -60,8 +64,10 @@ class _Fields:
             value = value[0]  # one for each block, all alike
         if value is None or isinstance(value, kind):
             return value
+        long = isinstance(value, list) and len(value) > MOST_SHOWN
+        shown = f"a list of {len(value)}" if long else f"{value!r:.80}"
         raise ConfigError(
-            f"{self.path} states {self.arch}.{key} as {value!r}; one {kind.__name__} is known here"
+            f"{self.path} states {self.arch}.{key} as {shown}; one {kind.__name__} is known here"
         )
 
     def need(self, key: str) -> int:
@@ -72,6 +78,10 @@ class _Fields:
 
     def real(self, key: str, default: float) -> float:
         value = self.get(key, float)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(
+                f"{self.path} states {self.arch}.{key} as {value}, which is no number"
+            )
         # Shortest text of the float32: 1e-06 and not 9.999999974752427e-07.
         return default if value is None else float(f"{value:.7g}")
 
@@ -175,7 +185,7 @@ def _rope_parameters(fields: _Fields, width: int) -> dict[str, Any]:
     factor = fields.real("rope.scaling.factor", 1.0)
     scaling = fields.get("rope.scaling.type", str) or "linear"
     if scaling not in ("none", "linear"):
-        raise ConfigError(f"{fields.path} scales its rotations by {scaling!r}, unknown here")
+        raise ConfigError(f"{fields.path} scales its rotations by {scaling!r:.40}, unknown here")
     if scaling == "linear" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQUENCIES not in fields.header.tensors:

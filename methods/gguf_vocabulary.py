@@ -17,6 +17,8 @@ from methods.gguf_header import read_header
 from methods.gguf_splitting import CHECK_TEXTS, SPLITTINGS, Splitting, llama_cpp_splitter
 from methods.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
+LONGEST_TOKEN = 4096
+"""Characters; SentencePiece's pieces are cut at every place, which takes the square of them."""
 SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 
@@ -29,6 +31,7 @@ def write_tokenizer(path: Path, into: Path) -> None:
     from transformers import AutoTokenizer
 
     fields = read_header(path).fields
+    check_vocabulary(path, fields)
     around, expected = _llama_cpp(path)
     into.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(_settings(fields), indent=1)
@@ -45,6 +48,26 @@ def write_tokenizer(path: Path, into: Path) -> None:
         f"{path} has a tokenizer ({kind}) that cannot be rebuilt here as llama.cpp has it; name "
         "the model it was made from with model.reference"
     )
+
+
+def check_vocabulary(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the parts of the vocabulary in the header `fields` do not fit."""
+
+    def listed(key: str, kind: type[Any], length: int | None) -> bool:
+        found = fields.get(f"tokenizer.ggml.{key}")
+        return found is None or (
+            isinstance(found, list)
+            and all(type(one) is kind for one in found)
+            and length in (None, len(found))
+        )
+
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not listed("tokens", str, None):
+        raise ConfigError(f"{path} has no vocabulary")
+    count = len(tokens)
+    fits = listed("token_type", int, count) and listed("scores", float, count)
+    if not fits or not listed("merges", str, None) or max(map(len, tokens)) > LONGEST_TOKEN:
+        raise ConfigError(f"{path} has a vocabulary whose parts do not fit together")
 
 
 def _llama_cpp(path: Path) -> tuple[tuple[int | None, int | None], list[list[int]]]:
@@ -69,7 +92,7 @@ def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, name in SPECIAL.items():
         number = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(number, int) and number < len(tokens):
+        if isinstance(number, int) and 0 <= number < len(tokens):
             settings[f"{name}_token"] = tokens[number]
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         settings["chat_template"] = template
@@ -98,7 +121,7 @@ def _states(
     if fields.get("tokenizer.ggml.model") == "llama":
         yield base | _sentencepiece(fields, vocabulary, types)
     if fields.get("tokenizer.ggml.model") == "gpt2":
-        merges = _known_merges(fields.get("tokenizer.ggml.merges", []), vocabulary)
+        merges = _known_merges(fields.get("tokenizer.ggml.merges") or [], vocabulary)
         named = fields.get("tokenizer.ggml.pre")
         for name in sorted(SPLITTINGS, key=lambda name: name != named):
             yield base | _byte_level(vocabulary, merges, SPLITTINGS[name])

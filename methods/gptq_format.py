@@ -14,18 +14,18 @@ weight = scale * (code - zero_point) in both. Nothing here uses the library that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kernels.errors import ConfigError
 from methods.base import Matrix
+from methods.files import opened, read_object, whole
+from methods.patterns import check_patterns
 
 Format = Literal["gptq", "awq"]
 
@@ -35,6 +35,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 READABLE = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+MOST_BITS, LARGEST_GROUP = 8, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ def scheme_of(folder: Path) -> Scheme:
     """Return the scheme of the checkpoint in `folder`.
 
     Raises:
-        ConfigError: it has no quantization config, or one of another kind.
+        ConfigError: it has no quantization config, or one of another kind, or one that says
+            something that cannot be.
     """
     stated = _quantization_config(folder)
+    for key in ("modules_to_not_convert", "dynamic"):
+        check_patterns(f"{key} of {folder}", stated.get(key))
     kind = str(stated.get("quant_method", stated.get("method", "gptq"))).lower()
     if kind not in READABLE:
         raise ConfigError(f"{folder} is quantized as {kind!r}; GPTQModel loads gptq and awq here")
@@ -76,25 +80,33 @@ def scheme_of(folder: Path) -> Scheme:
         stated.get("checkpoint_format") or stated.get("format") or stated.get("version") or kind
     ).lower()
     try:
-        return Scheme(
-            kind=kind,
-            version="gemm" if version == "awq" else version,
-            bits=int(_first(stated, "bits", "w_bit")),
-            group_size=int(_first(stated, "group_size", "q_group_size")),
-            symmetric=bool(stated.get("sym", not stated.get("zero_point", False))),
-            act_order=bool(stated.get("desc_act", False)),
-            made_by=_makers(stated),
-        )
+        bits, size = _first(stated, "bits", "w_bit"), _first(stated, "group_size", "q_group_size")
     except KeyError as error:
         raise ConfigError(
             f"the quantization config of {folder} does not say {error}; it must say bits and "
             "group_size"
         ) from error
+    if not whole(bits, 1, MOST_BITS) or not (size == -1 or whole(size, 1, LARGEST_GROUP)):
+        raise ConfigError(
+            f"the quantization config of {folder} says {bits!r:.40} bits and group_size "
+            f"{size!r:.40}; it must be 1 to {MOST_BITS} bits, and -1 or 1 and more inputs a group"
+        )
+    return Scheme(
+        kind=kind,
+        version="gemm" if version == "awq" else version,
+        bits=bits,
+        group_size=int(size),
+        symmetric=bool(stated.get("sym", not stated.get("zero_point", False))),
+        act_order=bool(stated.get("desc_act", False)),
+        made_by=_makers(stated),
+    )
 
 
 def _makers(stated: Mapping[str, Any]) -> tuple[str, ...]:
-    makers = (stated.get("meta") or {}).get("quantizer") or ()
-    return (makers,) if isinstance(makers, str) else tuple(makers)
+    meta = stated.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    found = makers if isinstance(makers, list) else [makers]
+    return tuple(maker for maker in found if isinstance(maker, str))
 
 
 def _first(stated: Mapping[str, Any], name: str, other: str) -> Any:
@@ -103,13 +115,12 @@ def _first(stated: Mapping[str, Any], name: str, other: str) -> Any:
 
 
 def _quantization_config(folder: Path) -> Mapping[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = config.get("quantization_config")
+    stated = read_object(folder / "config.json").get("quantization_config")
     if isinstance(stated, Mapping):
         return stated
     for name in CONFIG_FILES:
         if (folder / name).is_file():
-            apart: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            apart = read_object(folder / name)
             return {"quant_method": "awq", **apart} if "w_bit" in apart else apart
     raise ConfigError(f"{folder} says nowhere how it is quantized (quantization_config)")
 
@@ -124,30 +135,34 @@ def stored_bits(matrix: Matrix, kind: Format, bits: int, group_size: int) -> int
 def tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield (file, tensor name) of the safetensors files in `folder`."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                yield path, name
+        with opened(path) as tensors:
+            names = list(tensors.keys())
+        for name in names:
+            yield path, name
 
 
 def matrices(folder: Path) -> list[Matrix]:
     """Return the matrices that the checkpoint in `folder` holds quantized, by name.
 
     Raises:
-        ConfigError: it holds none as safetensors.
+        ConfigError: it holds none as safetensors, or parts that do not fit together.
     """
     scheme = scheme_of(folder)
     awq = scheme.kind == "awq"
     shapes: dict[str, tuple[int, ...]] = {}
     for path, name in tensor_names(folder):
         if name.rpartition(".")[2] in PARTS:
-            with safe_open(path, framework="pt") as tensors:
+            with opened(path) as tensors:
                 shapes[name] = tuple(tensors.get_slice(name).get_shape())
     found = []
     for name in sorted(shapes):
         owner, _, part = name.rpartition(".")
         if part != "qweight":
             continue
-        out_features = shapes[f"{owner}.scales"][-1]
+        scales = shapes.get(f"{owner}.scales", ())
+        if len(scales) != 2 or len(shapes[name]) != 2:
+            raise ConfigError(f"{folder}: {owner} has no scales and codes of two dimensions")
+        out_features = scales[-1]
         in_features = shapes[name][0] if awq else _inputs(owner, shapes, scheme.bits)
         # A head stands outside the numbered decoder blocks.
         inside = any(piece.isdigit() for piece in owner.split("."))
@@ -158,7 +173,7 @@ def matrices(folder: Path) -> list[Matrix]:
 
 
 def _inputs(owner: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> int:
-    if f"{owner}.g_idx" in shapes:
+    if len(shapes.get(f"{owner}.g_idx", ())) == 1:
         return shapes[f"{owner}.g_idx"][0]
     return shapes[f"{owner}.qweight"][0] * WORD // bits
 
@@ -203,20 +218,51 @@ def read_gptq(parts: Mapping[str, Tensor], version: str) -> Integers:
     """Return what the tensors `PARTS` of one matrix hold.
 
     Raises:
-        ConfigError: `version` is not one that is read here.
+        ConfigError: `version` is not one that is read here, or the tensors do not fit together.
     """
     if version not in READABLE["gptq"]:
         raise ConfigError(f"GPTQ checkpoints of format {version!r} are not decoded here")
-    qweight, scales = parts["qweight"], parts["scales"]
-    bits = parts["qzeros"].shape[1] * WORD // scales.shape[1]
+    _check_types(parts)
+    qweight, scales, qzeros = parts["qweight"], parts["scales"], parts["qzeros"]
+    bits = qzeros.shape[1] * WORD // scales.shape[1]
+    fits = 1 <= bits <= MOST_BITS and qzeros.shape[1] == -(-scales.shape[1] * bits // WORD)
+    if not fits or qzeros.shape[0] != scales.shape[0] or qweight.shape[1] != scales.shape[1]:
+        raise _misfit(parts)
     codes = unpack(qweight.T.contiguous(), bits)
-    columns = codes.shape[1]
-    if "g_idx" in parts:
-        groups = parts["g_idx"].long()
-    else:
-        groups = torch.arange(columns) // (columns // scales.shape[0])
+    groups = _groups(parts.get("g_idx"), codes.shape[1], scales.shape[0])
     zeros = _zero_points(parts["qzeros"], bits, version)
     return _integers(bits, codes[:, : groups.numel()], scales, zeros, groups)
+
+
+def _groups(stored: Tensor | None, columns: int, count: int) -> Tensor:
+    """Return the group of each of `columns` inputs, as stored or in their order, int64 [in]."""
+    if stored is None:
+        if columns % count:
+            raise ConfigError(f"{count} groups do not divide {columns} inputs")
+        return torch.arange(columns) // (columns // count)
+    groups = stored.long()
+    if groups.ndim != 1 or not 0 < len(groups) <= columns:
+        raise ConfigError(f"g_idx has shape {list(groups.shape)}, and there are {columns} inputs")
+    if int(groups.min()) < 0 or int(groups.max()) >= count:
+        raise ConfigError(f"g_idx names a group that is none of the {count} there are")
+    return groups
+
+
+def _check_types(parts: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError where a part is missing, empty, or of another type than the format's."""
+    for part in ("qweight", "qzeros", "scales"):
+        if part not in parts:
+            raise ConfigError(f"a quantized matrix has no {part}")
+        tensor = parts[part]
+        if (tensor.dtype == torch.int32) == (part == "scales") or tensor.ndim != 2:
+            raise _misfit(parts)
+        if not tensor.numel() or tensor.is_complex():
+            raise _misfit(parts)
+
+
+def _misfit(parts: Mapping[str, Tensor]) -> ConfigError:
+    said = (f"{name} {part.dtype} {list(part.shape)}" for name, part in parts.items())
+    return ConfigError(f"the parts of a quantized matrix do not fit together: {', '.join(said)}")
 
 
 def decode_gptq(parts: Mapping[str, Tensor], version: str) -> Tensor:
@@ -250,13 +296,16 @@ def read_awq(parts: Mapping[str, Tensor], version: str) -> Integers:
     """Return what the tensors `PARTS` of one matrix of 4 bits hold.
 
     Raises:
-        ConfigError: `version` is not one that is read here.
+        ConfigError: `version` is not one that is read here, or the tensors do not fit together.
     """
     if version not in READABLE["awq"]:
         raise ConfigError(f"AWQ checkpoints of version {version!r} are not decoded here")
+    _check_types(parts)
     scales = parts["scales"]
     codes, zeros = (_awq_codes(parts[part]) for part in ("qweight", "qzeros"))
-    groups = torch.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
+    if zeros.shape != scales.shape or codes.shape[1] != scales.shape[1]:
+        raise _misfit(parts)
+    groups = _groups(None, codes.shape[0], scales.shape[0])
     return _integers(AWQ_BITS, codes.T, scales, zeros, groups)
 
 

@@ -8,7 +8,7 @@ stored buffers are converted to its format and dropped. `use` says what was chos
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from methods.affine import SCALE_DTYPES, Affine, Quantized
 from methods.base import Hardware, KernelUse, Matrix
 
 Kind = Literal["linear", "embedding", "experts"]
+
+LARGEST_SIZE = 1 << 40
+BIAS_DTYPES = (*SCALE_DTYPES, "float64")
 
 FINDERS = {"cpu": cpu.linear_of, "cuda": gpu.linear_of}
 """Device -> what returns the packed linear map of so many bits there, or None and why."""
@@ -53,6 +56,19 @@ class Layout:
     bias: str | None = None
     transposed: bool = False
     version: int = LAYOUT_VERSION
+
+    def __post_init__(self) -> None:
+        sizes = (self.out_features, self.in_features, self.count)
+        # No rows are some: projections are joined from their first row on.
+        if not all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in sizes):
+            raise ValueError(f"a layout of {sizes} rows, columns and copies is none")
+        flags = (self.symmetric, self.per_tensor, self.transposed)
+        if self.kind not in get_args(Kind) or not all(type(flag) is bool for flag in flags):
+            raise ValueError(f"a layout of kind {self.kind!r:.40} with the flags {flags} is none")
+        if self.scale_dtype not in SCALE_DTYPES or self.bias not in (None, *BIAS_DTYPES):
+            raise ValueError("a layout has scales or a bias in a type that is not stored")
+        # Refuses bits and groups that are none.
+        Affine(self.bits, self.group_size)
 
     @staticmethod
     def of(matrix: Matrix, affine: Affine) -> Layout:
