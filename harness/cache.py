@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -41,7 +42,11 @@ class Cache:
         body = content[DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
             return None
-        tensors: dict[str, Tensor] = from_bytes(body)
+        try:
+            tensors: dict[str, Tensor] = from_bytes(body)
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+            # Its digest is right: written by something else, or in a type that torch has not.
+            return None
         return tensors
 
     def write(self, kind: str, key: Any, tensors: dict[str, Tensor]) -> None:

@@ -5,13 +5,14 @@ Torch-free. Weights are safetensors, one file or shards with an index; pickles o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import json_file as check
 from harness.artefacts import sha256
-from harness.record import digest, write_atomically
+from harness.record import digest
+from harness.remembered import recall, remember
 from kernels.errors import ConfigError
 
 CONFIG = "config.json"
@@ -63,6 +64,8 @@ def read_pooling(folder: Path) -> str:
     if not path.is_file():
         return POOLINGS[0]
     said = read_json(path, "the encoder's pooling")
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path} holds no JSON object")
     chosen = {key.removeprefix(POOLING_FLAG) for key, value in said.items() if value is True}
     found = [name for name, flag in zip(POOLINGS, POOLING_FLAGS, strict=True) if chosen == {flag}]
     if not found:
@@ -76,7 +79,7 @@ def read_pooling(folder: Path) -> str:
 def read_json(path: Path, role: str) -> Any:
     """Return the content of a JSON file; ConfigError (`role` named) where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return check.read_json(path)
     except OSError as error:
         raise ConfigError(f"{role} {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -134,6 +137,12 @@ def _shards(folder: Path, index: str) -> list[Path]:
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise ConfigError(f"{folder / index} has no weight_map; download it again")
+    for name in table.values():
+        if not check.plain_name(name):
+            raise ConfigError(
+                f"{folder / index} names {check.shown(name)} as a weight file; it must be the name "
+                "of a file beside it"
+            )
     shards = [folder / name for name in sorted(set(table.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -171,10 +180,7 @@ def _remembered_sha256(path: Path, digests: Path) -> str:
     facts = path.stat()
     if facts.st_size < REMEMBERED_FROM_BYTES:
         return sha256(path)
-    try:
-        known = json.loads(digests.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = recall(digests)
     known = known if isinstance(known, dict) else {}
     stamp = [facts.st_size, facts.st_mtime_ns]
     entry = known.get(str(path))
@@ -182,6 +188,5 @@ def _remembered_sha256(path: Path, digests: Path) -> str:
         return str(entry[2])
     sha = sha256(path)
     known[str(path)] = [*stamp, sha]
-    digests.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(digests, json.dumps(known, indent=1).encode())
+    remember(digests, known)
     return sha

@@ -61,6 +61,9 @@ class Hardware:
         resident_bytes: most bytes of decoder blocks that stay on the device with `offload`.
         decode: `auto`: tokens are decoded by the fastest code that knows the model; `model`: by
             transformers, to compare with.
+        machine: processor and card, as `machine_name` gives them, of the machine that the cell is
+            measured on, which has to be that one; None: of the machine that plans the cell.
+        launch: options of a launcher for cells on this hardware, by the launcher's name.
     """
 
     name: str
@@ -75,8 +78,11 @@ class Hardware:
     offload: str | None = None
     resident_bytes: int = 0
     decode: str = "auto"
+    machine: str | None = None
+    launch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_launch(self.launch)
         places = ("cpu", "disk") if self.device == "cuda" else ("disk",)
         if self.offload is not None and self.offload not in places:
             raise ConfigError(
@@ -119,6 +125,15 @@ class Hardware:
         return self.threads or len(os.sched_getaffinity(0))
 
 
+def _check_launch(launch: Mapping[str, Any]) -> None:
+    for launcher, options in launch.items():
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"hardware.launch.{launcher} is {options!r}; it must be options by name, as "
+                "{partition: gpu}"
+            )
+
+
 def describe(hardware: Hardware) -> dict[str, Any]:
     """Return the facts of this machine that a figure depends on (bytes, counts, versions)."""
     facts: dict[str, Any] = {
@@ -152,14 +167,34 @@ def machine_name(device: str) -> str:
     """
     if device == "cpu":
         return _cpu_name()
-    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [
         line.partition(":")[2].strip()
-        for card in cards[:1]
+        for card in _cards()[:1]
         for line in card.read_text().splitlines()
         if line.startswith("Model")
     ]
     return " + ".join([_cpu_name(), *models])
+
+
+def has_card() -> bool:
+    """Whether there is a CUDA card in this machine, visible or not."""
+    return bool(_cards())
+
+
+def other_machine(hardware: Hardware) -> str | None:
+    """Return what is wrong where `hardware` names another machine than this one, else None."""
+    here = machine_name(hardware.device)
+    if hardware.machine in (None, here):
+        return None
+    return (
+        f"the cell was planned for the machine {hardware.machine!r}, and this one "
+        f"({platform.node()}) is {here!r}; let the launcher choose machines of the one kind, or "
+        "give hardware.machine as this one is"
+    )
+
+
+def _cards() -> list[Path]:
+    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
 
 
 @cache

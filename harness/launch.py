@@ -2,23 +2,26 @@
 
 Children come from a fork server that has imported torch, transformers and the measures once a
 sweep. A child leads a session of its own, dies with its driver and the server, writes its output to
-a log and its failure to a file, and hands results over as files. Torch-free.
+a log and its failure to a file, and hands results over as files. What it puts into the system's
+temporary folder is removed behind it. Torch-free.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import multiprocessing
 import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,16 +29,33 @@ from typing import Any, Protocol
 
 import psutil
 
+from harness.device import WAITING
+from harness.family import Family
+from harness.fork_server import start
 from harness.memory import MemoryGroup, over_limit, reset_peak, resident_bytes
 from harness.record import Failure, write_atomically
+from harness.redact import redact, redact_file
+from harness.temporary import remove, temporary_beside
 from kernels.errors import ConfigError
 
 POLL_SECONDS = 0.05
+LOST_SECONDS = 5.0
+"""Between two looks whether others have taken the work over, each a question to the server."""
 FREE_MEMORY_SHARE = 0.9
 LOG_TAIL_BYTES = 2000
+LOG_TAIL_READ_BYTES = 1 << 16
+MOST_LOG_BYTES = 64 << 20
 PR_SET_PDEATHSIG = 1
 EXIT_CONFIG = 2
 EXIT_REFERENCE_MISSING = 75
+EXIT_ERRNO = 128
+"""And the error's number: of a child that could not even write down why it failed (disk full)."""
+EXIT_SERVER_LOST = 255
+"""What multiprocessing says of a child whose fork server has ended, and the child with it."""
+LIMIT = "limit"
+"""Kind of the failure of a child that reached its limit of time or memory."""
+TAKEN_OVER = "taken over"
+"""Kind of the failure of a child that was stopped since another sweep does its work now."""
 
 Stage = Callable[[str], None]
 
@@ -77,72 +97,113 @@ class Outcome:
         return self.failure is None
 
 
-def fork_server() -> Any:
-    """Return the multiprocessing context whose server has the heavy imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "harness.preload"])
-    return context
-
-
 def run_child(
-    target: str, job: dict[str, Any], folder: Path, limits: Limits, on_stage: Stage
+    target: str,
+    job: dict[str, Any],
+    folder: Path,
+    limits: Limits,
+    on_stage: Stage,
+    lost: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Run `target` (`module:function`, called with `job` and a stage callback) in a child.
 
-    `folder` receives `<stage>.log` and, while the child runs, `stage.json` and `failure.json`.
+    `folder` receives `<stage>.log` and, while the child runs, `stage.json` and `failure.json`. The
+    child is stopped once `lost` says that its work is no longer this process's to do.
     """
     name = target.partition(":")[0].rpartition(".")[2]
     folder.mkdir(parents=True, exist_ok=True)
     files = {key: folder / f"{name}.{key}" for key in ("log", "stage", "failure")}
-    files["stage"].unlink(missing_ok=True)
-    files["failure"].unlink(missing_ok=True)
+    for path in files.values():
+        path.unlink(missing_ok=True)
     limit = limits.memory_limit_bytes or int(FREE_MEMORY_SHARE * psutil.virtual_memory().available)
     group = MemoryGroup.create(limit)
+    place = limits.environment.get("TMPDIR") or tempfile.gettempdir()
+    scratch = temporary_beside(Path(place) / "quantbench")
+    family = Family(str(scratch), group.join_path if group else None)
     setup = {
         "files": {key: str(path) for key, path in files.items()},
+        "scratch": str(scratch),
         "environment": dict(limits.environment),
         "threads": limits.usable_threads,
-        "cgroup": group.join_path if group else None,
+        "cgroup": family.group,
         "driver": os.getpid(),
     }
-    process = fork_server().Process(target=_child, args=(target, job, setup), daemon=False)
-    process.start()
+    watch = _Watch(limits.time_limit_seconds, limit, group, files, on_stage, lost)
+    process = None
     try:
-        reason = _watch(process, limits.time_limit_seconds, limit, group, files["stage"], on_stage)
-        failure = _failure(process.exitcode, reason, name, files)
+        scratch.mkdir()
+        process = start(_child, (target, job, setup))
+        if process is None:
+            return Outcome(EXIT_SERVER_LOST, _failure(EXIT_SERVER_LOST, name, files))
+        stopped = watch.run(process)
+        if stopped is not None:
+            kind, reason = stopped
+            failure: Failure | None = Failure(
+                name, kind, f"the {name} process was stopped: {reason}"
+            )
+        else:
+            failure = _failure(process.exitcode, name, files)
         return Outcome(process.exitcode, failure)
     finally:
-        _kill(process)
+        if process is not None:
+            _kill(process)
+            family.end(process.pid)
         if group:
             group.remove()
+        redact_file(files["log"])
+        remove(scratch)
         files["stage"].unlink(missing_ok=True)
         files["failure"].unlink(missing_ok=True)
 
 
-def _watch(
-    process: Any,
-    seconds: float,
-    limit: int,
-    group: MemoryGroup | None,
-    stage_file: Path,
-    on_stage: Stage,
-) -> str | None:
-    """Wait for `process`; return why it was stopped, or None where it ended by itself."""
-    deadline = time.monotonic() + seconds
-    start = resident_bytes(process.pid)
-    seen = ""
-    while not wait([process.sentinel], timeout=POLL_SECONDS):
-        if time.monotonic() > deadline:
-            _kill(process)
-            return f"it ran longer than hardware.time_limit_seconds={seconds:g}"
-        if group is None and over_limit(process.pid, start, limit):
-            _kill(process)
-            return _memory_reason(limit)
-        seen = _report_stage(stage_file, seen, on_stage)
-    process.join()
-    if group is not None and group.killed_for_memory():
-        return _memory_reason(limit)
-    return None
+@dataclass
+class _Watch:
+    """What a driver looks at while its child runs."""
+
+    seconds: float
+    memory_bytes: int
+    group: MemoryGroup | None
+    files: Mapping[str, Path]
+    on_stage: Stage
+    lost: Callable[[], bool]
+
+    def run(self, process: Any) -> tuple[str, str] | None:
+        """Wait for `process`; return (kind, reason) where it was stopped, None where it ended."""
+        begun = looked = time.monotonic()
+        deadline = begun + self.seconds
+        start = resident_bytes(process.pid)
+        seen = ""
+        while not wait([process.sentinel], timeout=POLL_SECONDS):
+            now = time.monotonic()
+            if seen.startswith(WAITING):
+                deadline += now - looked
+            if now - begun > LOST_SECONDS:
+                begun = now
+                if self.lost():
+                    _kill(process)
+                    return TAKEN_OVER, "another sweep has taken its work over"
+            looked = now
+            if now > deadline:
+                _kill(process)
+                return LIMIT, f"it ran longer than hardware.time_limit_seconds={self.seconds:g}"
+            if self.group is None and over_limit(process.pid, start, self.memory_bytes):
+                _kill(process)
+                return LIMIT, _memory_reason(self.memory_bytes)
+            if _size(self.files["log"]) > MOST_LOG_BYTES:
+                _kill(process)
+                return LIMIT, f"it wrote more than {MOST_LOG_BYTES / 2**20:.0f} MiB to its log"
+            seen = _report_stage(self.files["stage"], seen, self.on_stage)
+        process.join()
+        if self.group is not None and self.group.killed_for_memory():
+            return LIMIT, _memory_reason(self.memory_bytes)
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _memory_reason(limit: int) -> str:
@@ -172,13 +233,14 @@ def _kill(process: Any) -> None:
         process.join()
 
 
-def _failure(
-    exit_code: int, reason: str | None, stage: str, files: Mapping[str, Path]
-) -> Failure | None:
-    if reason is not None:
-        return Failure(stage, "limit", f"the {stage} process was stopped: {reason}")
+def _failure(exit_code: int, stage: str, files: Mapping[str, Path]) -> Failure | None:
     if exit_code == 0:
         return None
+    if exit_code == EXIT_SERVER_LOST:
+        what = f"the {stage} process ended with the fork server that it came from"
+        return Failure(stage, "server", what)
+    if exit_code > EXIT_ERRNO:
+        return Failure(stage, "system", _system(os.strerror(exit_code - EXIT_ERRNO), "", stage))
     try:
         return Failure(**json.loads(files["failure"].read_text()))
     except (OSError, ValueError, TypeError):
@@ -193,7 +255,10 @@ def _failure(
 
 def _tail(log: Path) -> str:
     try:
-        text = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_READ_BYTES))
+            # Cut afterwards, or half a key would be left.
+            text = redact(file.read().decode(errors="replace"))[-LOG_TAIL_BYTES:]
     except OSError:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -202,53 +267,97 @@ def _tail(log: Path) -> str:
 
 def _child(target: str, job: dict[str, Any], setup: dict[str, Any]) -> None:
     """Entry of every child; never returns to multiprocessing's own error printing."""
-    parent = os.getppid()
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    _end_with(setup["driver"])
+    if not _comes_from(setup["driver"]):
+        os._exit(1)  # the server had ended before its death was asked to be told of
+    _end_with(setup["driver"], Family(setup["scratch"], setup["cgroup"]))
     files = {key: Path(path) for key, path in setup["files"].items()}
-    log = os.open(files["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        log = os.open(files["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError as error:
+        os._exit(_exit_of(error))
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(setup["environment"])
-    if setup["cgroup"]:
-        Path(setup["cgroup"]).write_text(str(os.getpid()))
-    job = {**job, "resident_at_start": reset_peak()}
+    os.environ["TMPDIR"] = tempfile.tempdir = setup["scratch"]
     module, _, function = target.partition(":")
     stage = module.rpartition(".")[2]
     code = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if setup["cgroup"]:
+            Path(setup["cgroup"]).write_text(str(os.getpid()))
+        job = {**job, "resident_at_start": reset_peak()}
         # The server ignores a failed preload; here it comes out as what it is.
         import_module("harness.preload").limit_threads(setup["threads"])
         getattr(import_module(module), function)(job, lambda text: _say(files["stage"], text))
     except BaseException as error:  # noqa: BLE001  # whatever ends a child is written down
-        traceback.print_exc()
-        failure = _describe(stage, error)
-        files["failure"].write_text(json.dumps(failure.__dict__))
-        code = {"config": EXIT_CONFIG, "reference": EXIT_REFERENCE_MISSING}.get(failure.kind, 1)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(redact(traceback.format_exc()))
+        code = _write_down(_describe(stage, error), files["failure"])
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
-def _end_with(driver: int) -> None:
+def _comes_from(driver: int) -> bool:
+    """Whether the parent, the fork server, is a child of process `driver`; not if it has ended."""
+    try:
+        return bool(psutil.Process(os.getppid()).ppid() == driver)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _write_down(failure: Failure, path: Path) -> int:
+    """Write `failure` for the driver; return the child's exit code."""
+    try:
+        path.write_text(json.dumps(failure.__dict__))
+    except OSError as error:
+        return _exit_of(error)
+    return {"config": EXIT_CONFIG, "reference": EXIT_REFERENCE_MISSING}.get(failure.kind, 1)
+
+
+def _exit_of(error: OSError) -> int:
+    return EXIT_ERRNO + min(error.errno or 0, EXIT_SERVER_LOST - EXIT_ERRNO - 1)
+
+
+def _end_with(driver: int, family: Family) -> None:
     """End this process and all it started as soon as process `driver` has ended, even by SIGKILL.
 
     The server alone is no sign of that: each child holds the pipe by whose end the server notices
     that nobody needs it any more.
     """
+
+    def end() -> None:
+        family.end(os.getpid())
+        os.killpg(0, signal.SIGKILL)
+
+    _when_ended(driver, end)
+
+
+@cache
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended, even by SIGKILL.
+
+    For workers of a launcher, which would go on with the cells they have been given.
+    """
+    _when_ended(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _when_ended(pid: int, do: Callable[[], None]) -> None:
+    """Call `do` in a thread once process `pid` has ended; ends this one where it has already."""
     try:
-        ended = os.pidfd_open(driver)
+        ended = os.pidfd_open(pid)
     except ProcessLookupError:
         os._exit(1)
 
     def watch() -> None:
         select.select([ended], [], [])
-        os.killpg(0, signal.SIGKILL)
+        do()
 
-    threading.Thread(target=watch, name="driver", daemon=True).start()
+    threading.Thread(target=watch, name=f"end of {pid}", daemon=True).start()
 
 
 def _say(path: Path, text: str) -> None:
@@ -256,7 +365,7 @@ def _say(path: Path, text: str) -> None:
 
 
 def _describe(stage: str, error: BaseException) -> Failure:
-    text = " ".join(str(error).split())
+    text = redact(" ".join(str(error).split()))
     if isinstance(error, ConfigError):
         return Failure(stage, "config", text)
     if type(error).__name__ == "ReferenceMissingError":
@@ -264,6 +373,10 @@ def _describe(stage: str, error: BaseException) -> Failure:
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return Failure(stage, "memory", f"the {stage} process ran out of memory: {text}")
     if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        return Failure(stage, "system", f"{error.strerror}{where} while in the {stage} process")
+        return Failure(stage, "system", _system(error.strerror, error.filename, stage))
     return Failure(stage, type(error).__name__, f"{type(error).__name__}: {text}")
+
+
+def _system(reason: str, file: str | None, stage: str) -> str:
+    where = f" ({file})" if file else ""
+    return f"{reason}{where} while in the {stage} process"

@@ -8,15 +8,21 @@ uses. Pages inherited from the fork server belong to the server in either way of
 from __future__ import annotations
 
 import os
-import uuid
+import secrets
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from harness.owner import parse_owner, this_process
+
 CGROUPS = Path("/sys/fs/cgroup")
 PREFIX = "quantbench-"
+REMOVALS = 20
+REMOVAL_SECONDS = 0.05
+"""A process that was killed leaves its group a moment later."""
 
 
 def resident_bytes(pid: int) -> int:
@@ -66,11 +72,9 @@ class MemoryGroup:
     @classmethod
     def create(cls, limit_bytes: int) -> MemoryGroup | None:
         """Make a group below this process's own; None where the system does not let us."""
-        for version, parent in _parents():
-            for stale in parent.glob(f"{PREFIX}*"):
-                if not psutil.pid_exists(int(stale.name.split("-")[1])):
-                    _remove(stale)  # left by a driver that was killed
-            folder = parent / f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        remove_abandoned_groups()
+        for version, parent in group_parents():
+            folder = parent / f"{PREFIX}{this_process().token}-{secrets.token_hex(4)}"
             limit = folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")
             try:
                 folder.mkdir()
@@ -98,17 +102,35 @@ class MemoryGroup:
 
     def remove(self) -> None:
         """Remove the group; its processes have ended."""
-        _remove(self.folder)
+        for _ in range(REMOVALS):
+            if _remove(self.folder):
+                return
+            time.sleep(REMOVAL_SECONDS)
 
 
-def _remove(folder: Path) -> None:
+def remove_abandoned_groups() -> list[Path]:
+    """Remove the groups of drivers that have ended, and return them."""
+    removed = []
+    for _, parent in group_parents():
+        for folder in parent.glob(f"{PREFIX}*"):
+            owner = parse_owner(folder.name)
+            if owner is not None and owner.ended() and _remove(folder):
+                removed.append(folder)
+    return removed
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a group; False where it still has processes."""
     try:
         folder.rmdir()
+    except FileNotFoundError:
+        return True
     except OSError:
-        return
+        return False
+    return True
 
 
-def _parents() -> list[tuple[int, Path]]:
+def group_parents() -> list[tuple[int, Path]]:
     """Return (version, folder) of this process's own groups that can limit memory."""
     found: list[tuple[int, Path]] = []
     try:

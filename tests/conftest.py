@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
+
+from harness.device import VARIABLE
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_devices() -> Iterator[None]:
+    """Let the cells of these tests be alone on their devices: other tests run beside them."""
+    with (
+        tempfile.TemporaryDirectory(prefix="quantbench-locks-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv(VARIABLE, folder)
+        yield
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -53,3 +53,13 @@ def allocates(job: dict[str, Any], stage: Stage) -> None:
         time.sleep(0.001)
     taken = peak_bytes() - job["resident_at_start"]
     Path(job["file"]).write_text(str(taken))
+
+
+def tells(job: dict[str, Any], stage: Stage) -> None:
+    """Quote a key on every way out: Python's output, the bare descriptor, the exception."""
+    key = os.environ["QUANTBENCH_TEST_TOKEN"]
+    print("printed", key, flush=True)
+    os.write(2, f"written {key}\n".encode())
+    if job["dies"]:
+        os._exit(7)
+    raise RuntimeError(f"refused with {key} at https://me:{key}@hub.example/model")
