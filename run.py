@@ -5,26 +5,61 @@ One call is one cell; `-m` is a grid. Free of torch: the work is done in child p
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
+from types import FrameType
 
-import hydra
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_SIGNAL = 128
+"""And the signal's number: the exit status of a run that was stopped, as shells count."""
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+
 def run(config: DictConfig) -> str | tuple[float, ...]:
     """Do what `job` says with one composed configuration; returns what the job returns."""
+    from hydra.utils import instantiate
+
+    if multiprocessing.current_process().name != "MainProcess":
+        # A worker of joblib's: one that outlived a killed driver would go on with its cells.
+        from harness.launch import end_with_parent
+
+        end_with_parent()
     result: str | tuple[float, ...] = instantiate(config.job, _recursive_=False).run(config)
     return result
 
 
 def main() -> None:
     """Entry of the command line."""
+    for number in STOPS:
+        # What whoever started this run told to be ignored (nohup) stays so.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; finished cells are kept, the same command goes on with the rest")
+        # A second of imports, in which a run can be stopped as well.
+        import hydra
+
+        hydra.main(version_base="1.3", config_path="conf", config_name="config")(run)()
+    except KeyboardInterrupt as stopped:
+        print(
+            "interrupted; finished cells are kept, the same command goes on with the rest",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_SIGNAL + int(next(iter(stopped.args), signal.SIGINT)))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Let everything clean up behind itself; a second signal does not wait for that."""
+    for other in STOPS:
+        signal.signal(other, _leave)
+    raise KeyboardInterrupt(number)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Children end with this process, and the next run removes what is left behind.
+    os._exit(EXIT_SIGNAL + number)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,31 @@
-"""One grid point, from a composed configuration to its record. Torch-free: children do the work."""
+"""One grid point, from its identities to its record. Torch-free: children do the work."""
 
 from __future__ import annotations
 
-import shlex
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from harness import identity
-from harness.artefacts import ArtefactError, training_state, verify
-from harness.claim import claim
-from harness.hardware import Hardware, describe
-from harness.launch import EXIT_REFERENCE_MISSING, Outcome, Stage, run_child
+from harness.artefacts import MANIFEST, ArtefactError, training_state, verify
+from harness.claim import Held, claim
+from harness.hardware import Hardware, describe, other_machine
+from harness.launch import EXIT_REFERENCE_MISSING, TAKEN_OVER, Outcome, Stage, run_child
+from harness.lm_eval_results import FILE_NAME as LM_EVAL
 from harness.record import (
     FILE_NAME,
     Failure,
     Record,
     RecordError,
-    digest,
     read_record,
     write_record,
 )
 from harness.samples import FILE_NAME as SAMPLES
-from harness.task_identity import task_identity
-from kernels.errors import ConfigError
-
-REPEATED = ("seed", "calibration", "none")
-"""What makes rows of a report repetitions of one another."""
+from harness.temporary import remove_abandoned
 
 
 @dataclass(frozen=True)
@@ -134,171 +126,174 @@ def _method_title(method: dict[str, Any]) -> str:
     return f"{method['name']}{bits}{group}{rest}"
 
 
-def plan_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
-    """Return the cell of a composed configuration.
+MEASURE_ATTEMPTS = 3
+ELSEWHERE = "elsewhere"
+"""How a cell ended that another sweep runs."""
 
-    Raises:
-        ConfigError: a model, text or value that this cell needs is missing or wrong.
+
+class _ElsewhereError(Exception):
+    """Another sweep holds the cell, and it was not to be waited for."""
+
+
+def run_cell(cell: Cell, stage: Stage, wait: bool = True) -> str:
+    """Run `cell` unless its record is there; return `ok`, `partial`, `failed` or `there`.
+
+    Where another sweep runs it, `wait` for that; or return `elsewhere`, as where it was taken over
+    from this process.
     """
-    resolved = _resolve(config)
-    runs_dir = Path(resolved["runs_dir"]).absolute()
-    model, data = _instantiate(resolved["model"]), _instantiate(resolved["data"])
-    _instantiate(resolved["hardware"])
-    # A folder's or a hub model's own name says more than the name of the choice.
-    resolved["model"]["name"] = model.name
-    size_only = bool(resolved["suite"].get("size_only"))
-    if size_only:
-        model_identity, evaluation, tasks = model.architecture_identity(), "", []
-    else:
-        model_identity = model.identity(runs_dir / "cache" / "digests.json")
-        evaluation = data.evaluation_digest()
-        if identity.calibrates(resolved["job"].get("options")):
-            # A job's own calibration text decides its figures as the evaluation text does a row's.
-            evaluation += data.calibration_digest()
-        measures = resolved["suite"]["measures"].values()
-        tasks = task_identity(measures, data.task_folder(), runs_dir / "cache")
-    if "commit" in model_identity:
-        # The children load exactly what the keys were computed from.
-        resolved["model"]["revision"] = model_identity["commit"]
-    reference = model_identity.get("reference", {})
-    if "commit" in reference:
-        resolved["model"]["reference"] = f"{reference['id']}@{reference['commit']}"
 
-    def key_of(node: dict[str, Any]) -> str:
-        shown = identity.calibrates(node) and not size_only
-        calibration = data.calibration_digest() if shown else None
-        return identity.artefact_key(model_identity, node, calibration, resolved["seed"])
+    def waiting(holder: str) -> None:
+        if not wait:
+            raise _ElsewhereError
+        stage(f"waiting: {holder} runs this cell")
 
-    artefact, baseline = key_of(resolved["method"]), key_of(resolved["baseline"])
-    key = identity.cell_key(artefact, baseline, resolved, evaluation, tasks)
-    model_key = digest(model_identity)
-    return Cell(
-        config=resolved,
-        runs_dir=runs_dir,
-        command=shlex.join(["python", "run.py", *overrides]),
-        id=identity.cell_id(resolved, key),
-        key=key,
-        artefact_key=artefact,
-        baseline_key=baseline,
-        model_key=model_key,
-        reference_key=identity.reference_key(model_key, resolved, evaluation),
-        evaluation=evaluation,
-        model_identity=model_identity,
-        random_weights=model.random_weights,
-        # A server's model is compared only where asked: its weights need not be here.
-        has_reference=model.original() is not None and resolved["method"].get("compare", True),
-    )
-
-
-def _resolve(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain data, with the chosen source of text alone as `data`."""
-    source = config.data.source
-    choices = [key for key, node in config.data.items() if isinstance(node, DictConfig)]
-    if source not in choices:
-        raise ConfigError(f"data.source is {source!r}; it must be one of {', '.join(choices)}")
+    if cell.finished() and not cell.config["force"]:
+        return "there"
     try:
-        chosen: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            config.data[source], resolve=True
-        )
-        rest = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
-        resolved: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-            rest, resolve=True, throw_on_missing=True
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(_missing_value(error)) from error
-    if resolved["repeat"] not in REPEATED:
-        raise ConfigError(
-            f"repeat is {resolved['repeat']!r}; it must be one of {', '.join(REPEATED)}"
-        )
-    if not isinstance(resolved["baseline"], dict):
-        wanted = resolved["baseline"]
-        raise ConfigError(
-            f"baseline is {wanted!r}; it is chosen among the methods: method@baseline={wanted}"
-        )
-    then = resolved["method"].get("then")
-    if isinstance(then, str):
-        raise ConfigError(
-            f"method.then is {then!r}; it is chosen among the methods: method@method.then={then}"
-        )
-    if "path" in chosen and chosen["path"] is None:
-        raise ConfigError(
-            f"data.source is {source!r}, which reads from a path; give it: data.path=PATH"
-        )
-    return {**resolved, "data": chosen}
+        with claim(cell.folder / "claim", waiting, until=cell.finished) as held:
+            # What another sweep has just finished is not run again, not even by force.
+            if held is None or (cell.finished() and (held.waited or not cell.config["force"])):
+                return "there"
+            return _run_held(cell, held, stage)
+    except _ElsewhereError:
+        return ELSEWHERE
 
 
-def _instantiate(node: dict[str, Any]) -> Any:
-    """Instantiate a torch-free node; a mistake in its values comes out as ConfigError alone."""
-    try:
-        return instantiate(node)
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        raise ConfigError(" ".join(str(error).split())) from error
+def _run_held(cell: Cell, held: Held, stage: Stage) -> str:
+    remove_abandoned(cell.folder, held.path.stat().st_mtime)
+    if cell.config["force"]:
+        _drop(cell, cell.artefact(cell.artefact_key))
+    if held.lost():
+        return ELSEWHERE
+    for name in (FILE_NAME, SAMPLES, LM_EVAL):
+        (cell.folder / name).unlink(missing_ok=True)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    failure = _Stages(cell, held, stage).run()
+    if held.lost() or (failure is not None and failure.kind == TAKEN_OVER):
+        return ELSEWHERE
+    # A child that is killed behind its last word has done its work: what is finished stays.
+    if failure is not None and not cell.finished():
+        _write_failed(cell, failure, started)
+        return "failed"
+    return read_record(cell.folder).status
 
 
-def _missing_value(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None)
-    if key and "Missing mandatory value" in str(error):
-        return f"{key} has no value; give one: {key}=VALUE"
-    return " ".join(str(error).split())
+def _drop(cell: Cell, artefact: Path) -> None:
+    """Remove an artefact and what training left of it; waits for whoever is making it."""
+    with claim(_claim_of(artefact), lambda holder: None):
+        for folder in (artefact, training_state(artefact)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_cell(cell: Cell, stage: Stage) -> str:
-    """Run `cell` unless its record is there; return `ok`, `partial`, `failed` or `there`."""
-    with claim(
-        cell.folder / "claim", lambda holder: stage(f"waiting: {holder} runs this cell")
-    ) as waited:
-        # What another sweep has just finished is not run again, not even by force.
-        if cell.finished() and (waited or not cell.config["force"]):
-            return "there"
-        if cell.config["force"]:
-            artefact = cell.artefact(cell.artefact_key)
-            for folder in (artefact, training_state(artefact)):
-                shutil.rmtree(folder, ignore_errors=True)
-        for name in (FILE_NAME, SAMPLES):
-            (cell.folder / name).unlink(missing_ok=True)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        failure = _run_stages(cell, stage)
-        if failure is not None:
-            _write_failed(cell, failure, started)
-            return "failed"
-        return read_record(cell.folder).status
+def _claim_of(path: Path) -> Path:
+    return path.with_suffix(".claims") / "claim"
 
 
-def _run_stages(cell: Cell, stage: Stage) -> Failure | None:
-    """Make what is missing, then measure; return the failure of the first stage that failed."""
-    hardware: Hardware = instantiate(cell.config["hardware"])
-    if cell.child is not None:
-        return run_child(cell.child, _job(cell), cell.folder, hardware, stage).failure
-    if _wants_baseline(cell):
-        failure = _ensure_artefact(cell, "baseline", cell.baseline_key, hardware, stage)
-        if failure is not None:
-            return failure
-    failure = _ensure_artefact(cell, "method", cell.artefact_key, hardware, stage)
-    if failure is not None:
-        return failure
-    failure = _ensure_reference(cell, hardware, stage)
-    if failure is not None:
-        return failure
-    outcome = _measure(cell, hardware, stage)
-    if outcome.exit_code == EXIT_REFERENCE_MISSING:
-        # The marker was there but an entry is absent or damaged: compute it again, once.
-        _marker(cell).unlink(missing_ok=True)
-        failure = _ensure_reference(cell, hardware, stage)
-        if failure is not None:
-            return failure
-        outcome = _measure(cell, hardware, stage)
-    if not cell.config["keep_artefacts"] and cell.artefact_key != cell.baseline_key:
-        shutil.rmtree(cell.artefact(cell.artefact_key), ignore_errors=True)
-    return outcome.failure
+@dataclass(frozen=True)
+class _Stages:
+    """The children of one cell that is held."""
 
+    cell: Cell
+    held: Held
+    stage: Stage
 
-def _measure(cell: Cell, hardware: Hardware, stage: Stage) -> Outcome:
-    return run_child("harness.measure:main", _job(cell), cell.folder, hardware, stage)
+    def run(self) -> Failure | None:
+        """Make what is missing, then measure; return the failure of the first stage that failed."""
+        cell = self.cell
+        # A speed belongs to the machine in the cell's key.
+        wrong = other_machine(instantiate(cell.config["hardware"]))
+        if wrong is not None:
+            return Failure("plan", "machine", wrong)
+        if cell.child is not None:
+            return self._child(cell.child, _job(cell)).failure
+        for _ in range(MEASURE_ATTEMPTS):
+            failure = self._prepare()
+            if failure is not None:
+                return failure
+            before = self._stamps()
+            outcome = self._child("harness.measure:main", _job(cell))
+            if outcome.exit_code == EXIT_REFERENCE_MISSING:
+                # The marker was there but an entry is absent or damaged: compute it again.
+                _marker(cell).unlink(missing_ok=True)
+            elif not self._undermined(outcome, before):
+                break
+        if self.held.lost():
+            return outcome.failure
+        if not cell.config["keep_artefacts"] and cell.artefact_key != cell.baseline_key:
+            _drop(cell, cell.artefact(cell.artefact_key))
+        return outcome.failure
+
+    def _child(self, target: str, job: dict[str, Any]) -> Outcome:
+        hardware: Hardware = instantiate(self.cell.config["hardware"])
+        job = {**job, "claim": str(self.held.path)}
+        return run_child(target, job, self.cell.folder, hardware, self.stage, self.held.lost)
+
+    def _prepare(self) -> Failure | None:
+        """Make artefacts and reference that are missing; return the failure of the first."""
+        cell = self.cell
+        failure = None
+        if _wants_baseline(cell):
+            failure = self._ensure_artefact("baseline", cell.baseline_key)
+        failure = failure or self._ensure_artefact("method", cell.artefact_key)
+        return failure or self._ensure_reference()
+
+    def _undermined(self, outcome: Outcome, before: list[tuple[int, int] | None]) -> bool:
+        """Whether an artefact was damaged, or removed by another sweep (keep_artefacts=false)."""
+        if self.cell.finished() or self.held.lost():
+            return False
+        if self._stamps() != before:
+            return True
+        return not (outcome.ok or all(map(_verifies, self._artefacts())))
+
+    def _stamps(self) -> list[tuple[int, int] | None]:
+        return [_stamp(folder) for folder in self._artefacts()]
+
+    def _artefacts(self) -> list[Path]:
+        keys = [self.cell.artefact_key]
+        keys += [self.cell.baseline_key] if _wants_baseline(self.cell) else []
+        return [self.cell.artefact(key) for key in keys]
+
+    def _ensure_artefact(self, role: str, key: str) -> Failure | None:
+        """Make the artefact of the cell's method or baseline unless it is there and verifies."""
+        cell = self.cell
+        folder = cell.artefact(key)
+        made = False
+        while not (made or _verifies(folder)):
+            before = _stamp(folder)
+            with claim(
+                _claim_of(folder),
+                lambda holder: self.stage(f"waiting: {holder} quantizes"),
+                until=lambda: _stamp(folder) not in (None, before),  # noqa: B023  # used here alone
+            ) as held:
+                if held is None or _verifies(folder):
+                    continue
+                job = {**_job(cell), "method": cell.config[role], "artefact": str(folder)}
+                outcome = self._child("harness.quantize:main", job)
+                if not outcome.ok:
+                    return outcome.failure
+                made = True
+        if role == "method":
+            link = cell.folder / "artefact"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..") / folder.relative_to(cell.runs_dir))
+        return None
+
+    def _ensure_reference(self) -> Failure | None:
+        cell = self.cell
+        if not cell.has_reference:
+            return None
+        marker = _marker(cell)
+        while not marker.exists():
+            with claim(
+                _claim_of(marker),
+                lambda holder: self.stage(f"waiting: {holder} runs the reference"),
+                until=marker.exists,
+            ) as held:
+                if held is not None and not marker.exists():
+                    failure = self._child("harness.reference:main", _job(cell)).failure
+                    if failure is not None:
+                        return failure
+        return None
 
 
 def _job(cell: Cell) -> dict[str, Any]:
@@ -328,22 +323,13 @@ def _wants_baseline(cell: Cell) -> bool:
     return any(node.get("interleave_baseline") for node in measures)
 
 
-def _ensure_artefact(
-    cell: Cell, role: str, key: str, hardware: Hardware, stage: Stage
-) -> Failure | None:
-    """Make the artefact of the cell's method or baseline unless it is there and verifies."""
-    folder = cell.artefact(key)
-    with claim(folder.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} quantizes")):
-        if not _verifies(folder):
-            job = {**_job(cell), "method": cell.config[role], "artefact": str(folder)}
-            outcome = run_child("harness.quantize:main", job, cell.folder, hardware, stage)
-            if not outcome.ok:
-                return outcome.failure
-    if role == "method":
-        link = cell.folder / "artefact"
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path("..") / folder.relative_to(cell.runs_dir))
-    return None
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Return what tells an artefact from the one that is made in its place."""
+    try:
+        facts = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _verifies(folder: Path) -> bool:
@@ -352,18 +338,6 @@ def _verifies(folder: Path) -> bool:
     except ArtefactError:
         return False
     return True
-
-
-def _ensure_reference(cell: Cell, hardware: Hardware, stage: Stage) -> Failure | None:
-    if not cell.has_reference:
-        return None
-    marker = _marker(cell)
-    with claim(
-        marker.with_suffix(".claim"), lambda holder: stage(f"waiting: {holder} runs the reference")
-    ):
-        if marker.exists():
-            return None
-        return run_child("harness.reference:main", _job(cell), cell.folder, hardware, stage).failure
 
 
 def _marker(cell: Cell) -> Path:

@@ -30,13 +30,14 @@ UNKNOWN_OPTION = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argu
 def main(job: dict[str, Any], stage: Stage) -> None:
     """Check each configuration of `job["configs"]`; what was found goes to the file `job["found"]`.
 
-    `problems` refuse the sweep, `notices` are said before it starts.
+    `problems` refuse the sweep, `notices` are said before it starts. Of cells that run `elsewhere`
+    nothing is asked that only their machine knows.
     """
     problems: list[str] = []
     notices: list[str] = []
     shapes: dict[str, Any] = {}
     for config in job["configs"]:
-        problems += _problems(config)
+        problems += _problems(config, job.get("elsewhere", False))
         notices += _notices(config, shapes)
     found = {"problems": list(dict.fromkeys(problems)), "notices": list(dict.fromkeys(notices))}
     write_atomically(Path(job["found"]), json.dumps(found).encode())
@@ -61,11 +62,11 @@ def _notices(config: dict[str, Any], shapes: dict[str, Any]) -> list[str]:
     return [f"{source.name} {config['method']['name']}: {sentence}" for sentence in sentences]
 
 
-def _problems(config: dict[str, Any]) -> list[str]:
+def _problems(config: dict[str, Any], elsewhere: bool) -> list[str]:
     found: list[str] = []
     try:
         hardware = instantiate(config["hardware"])
-        if hardware.device == "cuda" and not torch.cuda.is_available():
+        if hardware.device == "cuda" and not elsewhere and not torch.cuda.is_available():
             raise ConfigError(
                 f"hardware is {hardware.name}, but torch {torch.__version__} sees no CUDA card "
                 "here; pass hardware=cpu"

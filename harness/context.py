@@ -43,7 +43,10 @@ class Context:
         task_folder: holds the data of lm-eval's tasks as the hub names them; None: the hub does.
         details: what is not a number goes here, under the measure's name, and into the record.
         answers: (metric, protocol) of a task's value -> questions and answers behind its samples.
+        lm_eval: what lm-eval itself would have left of the tasks; empty where none were evaluated.
         problems: part of the running measure -> what kept it from being measured; the rest counts.
+        losses: windows read together (`Windows.batch_key`) -> the engine that read them, and the
+            mean loss of each in nats: a measure that had their logits spares another the forward.
     """
 
     tokenizer: Any
@@ -62,7 +65,9 @@ class Context:
     task_folder: Path | None = None
     details: dict[str, Any] = field(default_factory=lambda: {"notes": []})
     answers: dict[tuple[str, str], Answers] = field(default_factory=dict)
+    lm_eval: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, Exception] = field(default_factory=dict)
+    losses: dict[tuple[Any, ...], tuple[Engine, list[float]]] = field(default_factory=dict)
 
     def reference(self, kind: str, key: Any) -> dict[str, Any]:
         """Return a reference output that `Comparing.prepare` wrote.

@@ -7,6 +7,7 @@ and is found again by later commands. The checks are a record of their own, besi
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,12 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from harness.cell import Cell, plan_cell
+from harness.cell import Cell
 from harness.hardware import describe, machine_name
 from harness.identity import KEY_LENGTH
 from harness.increase import paired_increase, window_losses
 from harness.jobs import baseline_cell, refuse, run_planned
 from harness.plan import extend_plan
+from harness.planning import plan_cell
 from harness.record import Record, Value, digest, read_record, write_record
 from harness.sweep import plan_cells
 from harness.units import BYTES, PLAIN, SECONDS, SHARES, parse
@@ -88,7 +90,7 @@ class DeployJob:
         hydra = HydraConfig.get()
         folder = Path(hydra.run.dir).absolute()
         overrides = list(hydra.overrides.task)
-        started = datetime.now(UTC)
+        started, begun = datetime.now(UTC), time.monotonic()
         try:
             limits = self.limits()
             cell, baseline = _cells(config, overrides)
@@ -101,7 +103,7 @@ class DeployJob:
             checks = checks_of(read_record(cell.folder), read_record(baseline.folder), limits)
         except FileNotFoundError:
             return "failed"  # the closing report names the cell that left no record
-        record = _record(config, cell, checks, overrides, started)
+        record = _record(config, cell, checks, overrides, started, time.monotonic() - begun)
         write_record(record, cell.runs_dir / record.cell)
         extend_plan(folder, [record.cell])
         return "passed" if record.details["deploy"]["passed"] else "not passed"
@@ -238,6 +240,7 @@ def _record(
     checks: list[Check],
     overrides: list[str],
     started: datetime,
+    seconds: float,
 ) -> Record:
     profile = OmegaConf.select(config, "profile", default=None)
     key = digest([cell.key, [asdict(check)["wanted"] for check in checks]])[:KEY_LENGTH]
@@ -265,5 +268,5 @@ def _record(
         environment=describe(replace(hardware, device="cpu")),
         details={"deploy": details},
         started=started.isoformat(timespec="seconds"),
-        seconds=(datetime.now(UTC) - started).total_seconds(),
+        seconds=seconds,
     )

@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.hardware import machine_name
+from harness.known import Known
 from harness.record import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("harness", "kernels", "methods")
 KEY_LENGTH = 12
+LONGEST_ID = 180
+"""Characters of a cell's id."""
 
 _COMPILED = {
     ROOT / "kernels/host_build.py": ROOT / "kernels/c",
@@ -118,16 +121,23 @@ def _imported(path: Path) -> frozenset[str]:
 
 
 def artefact_key(
-    model: dict[str, Any], method: dict[str, Any], calibration: str | None, seed: int
+    model: dict[str, Any],
+    method: dict[str, Any],
+    calibration: str | None,
+    seed: int,
+    known: Known | None = None,
 ) -> str:
-    """Return the key of the artefact that `method` makes of `model` (identities as JSON)."""
+    """Return the key of the artefact that `method` makes of `model` (identities as JSON).
+
+    Here and below, `known` holds the versions of code and libraries that were looked up before.
+    """
     return digest(
         {
             "model": model,
             "method": method,
             "calibration": calibration,
             "seed": seed,
-            **_versions("harness.quantize", *targets(method)),
+            **_versions(known, "harness.quantize", *targets(method)),
         }
     )
 
@@ -138,6 +148,7 @@ def cell_key(
     config: dict[str, Any],
     evaluation: str,
     tasks: Sequence[Any] = (),
+    known: Known | None = None,
 ) -> str:
     """Return the key of the cell that measures `artefact` as `config` says.
 
@@ -151,11 +162,12 @@ def cell_key(
             "artefact": artefact,
             "baseline": baseline,
             "hardware": _hardware(config),
-            "machine": machine_name(config["hardware"]["device"]),
+            "machine": config["hardware"].get("machine")
+            or machine_name(config["hardware"]["device"]),
             "suite": config["suite"],
             "evaluation": evaluation,
             "reference_dtype": config["reference_dtype"],
-            **_versions(*_measuring(config)),
+            **_versions(known, *_measuring(config)),
         }
     )
 
@@ -187,12 +199,18 @@ def targets(node: Any) -> list[str]:
     return []
 
 
-def _versions(*modules: str) -> dict[str, Any]:
+def _versions(known: Known | None, *modules: str) -> dict[str, Any]:
     """Return what identifies the code of `modules` and the libraries under it."""
-    return {"code": code_digest(*modules), "packages": library_versions(*modules)}
+
+    def find() -> dict[str, Any]:
+        return {"code": code_digest(*modules), "packages": library_versions(*modules)}
+
+    return find() if known is None else known.once(("versions", *modules), find)
 
 
-def reference_key(model: str, config: dict[str, Any], evaluation: str) -> str:
+def reference_key(
+    model: str, config: dict[str, Any], evaluation: str, known: Known | None = None
+) -> str:
     """Return the key of what the unquantized model says to a suite; no method changes it."""
     return digest(
         {
@@ -202,7 +220,7 @@ def reference_key(model: str, config: dict[str, Any], evaluation: str) -> str:
             "evaluation": evaluation,
             "seed": config["seed"],
             "dtype": config["reference_dtype"],
-            **_versions("harness.reference", *_measures(config)),
+            **_versions(known, "harness.reference", *_measures(config)),
         }
     )
 
@@ -212,9 +230,12 @@ def _measures(config: dict[str, Any]) -> list[str]:
 
 
 def _hardware(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what of the hardware a figure depends on; limits only decide whether there is one."""
-    limits = ("memory_limit_bytes", "time_limit_seconds")
-    return {key: value for key, value in config["hardware"].items() if key not in limits}
+    """Return what of the hardware a figure depends on; limits only decide whether there is one.
+
+    The machine has its own place in the key of a cell, and how a job is handed out is none of it.
+    """
+    others = ("memory_limit_bytes", "time_limit_seconds", "machine", "launch")
+    return {key: value for key, value in config["hardware"].items() if key not in others}
 
 
 def cell_id(config: dict[str, Any], key: str) -> str:
@@ -231,4 +252,7 @@ def cell_id(config: dict[str, Any], key: str) -> str:
             parts.append("perchannel" if method["group_size"] == -1 else f"g{method['group_size']}")
         method = method.get("then")
     parts += [config["hardware"]["name"], config["suite"]["name"], key[:KEY_LENGTH]]
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip(".") or "_" for part in parts)
+    words = (re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip(".") or "_" for part in parts)
+    name = "-".join(words)
+    # A file system takes 255 bytes, and temporary names are longer; the key tells cells apart.
+    return name if len(name) <= LONGEST_ID else f"{name[: LONGEST_ID - KEY_LENGTH]}{parts[-1]}"

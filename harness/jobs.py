@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from harness.cell import Cell, plan_cell, run_cell
+from harness.cell import Cell, run_cell
 from harness.objectives import run_trial
 from harness.plan import read_plan
+from harness.planning import plan_cell
 from harness.progress import CellProgress
 from harness.sweep import EXIT_REFUSED, plan_cells
 from kernels.errors import ConfigError
@@ -49,7 +50,8 @@ class CellJob:
                 folder = Path(hydra.sweep.dir).absolute()
                 if self.objectives:
                     return run_trial(cell, folder, self.objectives, run_planned)
-                return run_planned(cell, folder)
+                # Others' cells are left for later, when nothing else is to be done.
+                return run_planned(cell, folder, defers=True)
             folder = Path(hydra.run.dir).absolute()
             cells = [cell]
             # A quantized checkpoint without its original has nothing to be compared with.
@@ -84,8 +86,12 @@ def baseline_cell(config: DictConfig, overrides: list[str]) -> Cell:
     return plan_cell(changed, [*kept, f"method={config.baseline.name}"])
 
 
-def run_planned(cell: Cell, folder: Path) -> str:
-    """Run `cell` as the next of the plan in `folder`, with its progress shown."""
+def run_planned(cell: Cell, folder: Path, defers: bool = False) -> str:
+    """Run `cell` as the next of the plan in `folder`, with its progress shown.
+
+    Where another sweep runs it, wait for that; or, the first time that a sweep which `defers` comes
+    to it, return `elsewhere`.
+    """
     plan = read_plan(folder)
     if cell.id not in plan.cells:
         print(
@@ -100,7 +106,7 @@ def run_planned(cell: Cell, folder: Path) -> str:
     elapsed = time.time() - plan.started
     with CellProgress(cell.title, number, len(plan.missing), elapsed) as progress:
         try:
-            result = run_cell(cell, progress.stage)
+            result = run_cell(cell, progress.stage, not defers or cell.id in plan.deferred)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             progress.finish(f"failed: {error.strerror or error}{where}")

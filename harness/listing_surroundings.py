@@ -39,14 +39,16 @@ def make(folder: Path) -> None:
     torch.save(GPT(GPTConfig()).state_dict(), folder / "weights")
     _checkpoint(folder / "checkpoint")
     write_meta(CHARACTERS, folder / "meta")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float16)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        EMBEDDED, dtype=torch.float16, local_files_only=True
+    )
     gguf_export.export(model, tokenizer, folder / "gguf", "float16")
 
 
 def _gpt2(folder: Path) -> None:
     """Write a GPT-2 of twelve blocks, 128 wide, so that groups of 128 fit."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, local_files_only=True)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=512,

@@ -21,6 +21,25 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def ended_line(title: str, number: int, total: int, result: str, seconds: float) -> str:
+    """Return the line of a cell that ended as the `number`-th of `total`, after `seconds` of all.
+
+    For cells that run somewhere else, several at once, and show their stages there.
+    """
+    return f"{_place(number, total)} {title}: {result}{_left(number, total, seconds)}"
+
+
+def _place(number: int, total: int) -> str:
+    return f"[{number:{len(str(total))}d}/{total}]"
+
+
+def _left(done: int, total: int, elapsed: float) -> str:
+    remaining = total - done
+    if not done or not remaining:
+        return ""
+    return f", about {format_seconds(elapsed / done * remaining)} left"
+
+
 class CellProgress:
     """Shows one cell of a sweep: its number, its stage and the time left for the rest.
 
@@ -41,7 +60,8 @@ class CellProgress:
         stream: TextIO | None = None,
     ) -> None:
         self.title, self.number, self.total = title, number, total
-        self.elapsed_before = elapsed_before
+        # The clock of the wall may have been set back since the run began.
+        self.elapsed_before = max(0.0, elapsed_before)
         self.stream = stream or sys.stdout
         self.start = time.monotonic()
         self.bar: Progress | None = None
@@ -83,15 +103,10 @@ class CellProgress:
         self._print(f"{self._place()} {self.title}: {result} ({seconds}){self._left(self.number)}")
 
     def _place(self) -> str:
-        width = len(str(self.total))
-        return f"[{self.number:{width}d}/{self.total}]"
+        return _place(self.number, self.total)
 
     def _left(self, done: int) -> str:
-        remaining = self.total - done
-        if not done or not remaining:
-            return ""
-        elapsed = self.elapsed_before + time.monotonic() - self.start
-        return f", about {format_seconds(elapsed / done * remaining)} left"
+        return _left(done, self.total, self.elapsed_before + time.monotonic() - self.start)
 
     def _print(self, line: str) -> None:
         console = self.bar.console if self.bar is not None else None

@@ -16,7 +16,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
+
+from harness import json_file as check
+from harness.redact import redacted
+from harness.temporary import temporary_beside
 
 SCHEMA = 1
 FILE_NAME = "record.json"
@@ -86,7 +90,7 @@ def digest(payload: Any) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -106,7 +110,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_record(record: Record, folder: Path) -> Path:
     """Write `record` into `folder` (made if missing) and return the path of the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    payload = asdict(record)
+    payload = redacted(asdict(record))
     document = {"digest": digest(payload), "record": payload}
     path = folder / FILE_NAME
     write_atomically(path, json.dumps(document, ensure_ascii=False, indent=1).encode())
@@ -122,15 +126,18 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / FILE_NAME
     try:
-        document = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        document = check.read_json(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not a record: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("record"), dict):
+    payload = document.get("record") if isinstance(document, dict) else None
+    if not isinstance(payload, dict):
         raise RecordError(f"{path} is not a record: it has no 'record' object")
-    payload = cast(dict[str, Any], document["record"])
     if payload.get("schema") != SCHEMA:
         raise RecordError(
-            f"{path} has schema {payload.get('schema')!r}; this version reads schema {SCHEMA}"
+            f"{path} has schema {check.shown(payload.get('schema'))}; this version reads schema "
+            f"{SCHEMA}"
         )
     # JSON turns tuples into lists; the digest was taken over tuples, whose JSON is the same.
     if document.get("digest") != digest(payload):
@@ -150,13 +157,42 @@ def read_records(runs_dir: Path) -> tuple[list[Record], list[str]]:
     return records, problems
 
 
+# A digest says that a record is as it was written, not that a program of ours wrote it.
+_FREE = dict.fromkeys(("environment", "details"), check.mapping)
+_VALUE: dict[str, check.Check] = {
+    **dict.fromkeys(("measure", "metric", "protocol", "unit"), check.text),
+    "value": check.number,
+    "higher_is_better": check.nothing_or(check.flag),
+}
+_OF_VALUE = {"stderr": check.nothing_or(check.number), "samples": check.numbers}
+_FAILURE = dict.fromkeys(("stage", "kind", "message"), check.text)
+_RECORD: dict[str, check.Check] = {
+    "cell": check.plain_name,
+    "status": lambda found: found in get_args(Status),
+    "config": check.mapping,
+    "values": lambda found: type(found) is list,
+    "errors": lambda found: type(found) is list,
+}
+_OF_RECORD = {**_FREE, "started": check.text, "seconds": check.number, "schema": check.whole}
+
+
 def _from_payload(payload: Mapping[str, Any], path: Path) -> Record:
-    try:
-        values = tuple(
-            Value(**{**value, "samples": tuple(value["samples"])}) for value in payload["values"]
-        )
-        errors = tuple(Failure(**error) for error in payload["errors"])
-        rest = {k: v for k, v in payload.items() if k not in ("values", "errors")}
-        return Record(**rest, values=values, errors=errors)
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"{path} is not a record of schema {SCHEMA}: {error}") from error
+    parts: list[tuple[str, Any, Mapping[str, check.Check], Mapping[str, check.Check]]]
+    parts = [("it", payload, _RECORD, _OF_RECORD)]
+    parts += [("a value", value, _VALUE, _OF_VALUE) for value in _entries(payload, "values")]
+    parts += [("an error", error, _FAILURE, {}) for error in _entries(payload, "errors")]
+    for name, found, wanted, optional in parts:
+        wrong = check.misfit(found, wanted, optional)
+        if wrong is not None:
+            raise RecordError(f"{path} is not a record of schema {SCHEMA}: {name} {wrong}")
+    values = tuple(
+        Value(**{**value, "samples": tuple(value.get("samples", ()))})
+        for value in payload["values"]
+    )
+    errors = tuple(Failure(**error) for error in payload["errors"])
+    return Record(**{**payload, "values": values, "errors": errors})
+
+
+def _entries(payload: Mapping[str, Any], key: str) -> list[Any]:
+    found = payload.get(key)
+    return found if type(found) is list else []

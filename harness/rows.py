@@ -73,6 +73,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError("a line is not a JSON object")
                 yield row
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read: {reason}; copy or download it again") from error

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from harness.cache import Cache
 from harness.data import Texts
+from harness.device import device_of
 from harness.hardware import Hardware
 from harness.launch import Stage
 from harness.load import describes_encoder, load_model, model_facts
@@ -108,12 +109,17 @@ class Mixes:
 
 def main(job: dict[str, Any], stage: Stage) -> None:
     """Measure the sensitivities of the cell `job` and leave the record in `job["folder"]`."""
+    hardware: Hardware = instantiate(job["config"]["hardware"])
+    with device_of(hardware.device).shared(stage):
+        _measure(job, hardware, stage)
+
+
+def _measure(job: dict[str, Any], hardware: Hardware, stage: Stage) -> None:
     config = job["config"]
     options = Options.of(config["job"]["options"])
     methods = _methods(instantiate(config["method"]), options.bits)
     model_source: ModelSource = unquantized(instantiate(config["model"]))
     _check_model(model_source, job["random_weights"])
-    hardware: Hardware = instantiate(config["hardware"])
     own = methods[0]
     axes = {"bits": own.bits if len(methods) == 1 else None, "group_size": own.group_size}
     progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)

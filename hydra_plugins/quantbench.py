@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from harness.cell import Cell, plan_cell
+from harness.cell import ELSEWHERE, Cell
 from harness.jobs import refuse
+from harness.kinds import Kind, Planned, for_elsewhere, kinds_of
+from harness.known import Known
+from harness.plan import defer
+from harness.planning import plan_cell
+from harness.progress import ended_line
 from harness.sweep import plan_cells
 from kernels.errors import ConfigError
 
@@ -36,6 +45,9 @@ SWEEP = "sweep"
 FIXED, NEEDS = "fixed", "needs"
 """What a grid may say beside axes: those that the command line leaves alone, and the modules
 without which it is left out."""
+
+TURN = 50
+"""Cells of one launch of Hydra's basic launcher."""
 
 Cells = dict[str, tuple[Cell, list[str]]]
 """Cell id -> the cell and the overrides that make it."""
@@ -65,8 +77,19 @@ class GridSweeper(Sweeper):
         """Take what Hydra gives a sweeper."""
         self.loader = hydra_context.config_loader
         self.config = config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
+        self.context, self.task = hydra_context, task_function
+        self.launcher = self._launcher({})
+
+    def _launcher(self, options: Mapping[str, Any]) -> Launcher:
+        """Return the launcher in use, with `options` in the place of its own."""
+        assert self.config is not None
+        config = self.config
+        if options:
+            config = config.copy()
+            with open_dict(config):
+                config.hydra.launcher.update(options)
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -92,31 +115,138 @@ class GridSweeper(Sweeper):
         assert self.config is not None
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir).absolute()
-        missing = plan_cells([cell for cell, _ in cells.values()], folder)
+        remote = isinstance(self.launcher, Queue)
+        if remote:
+            planned = for_elsewhere(list(cells.values()))
+            cells = {cell.id: (cell, point) for cell, point in planned}
+        self._kinds(list(cells.values()))
+        missing = plan_cells([cell for cell, _ in cells.values()], folder, remote)
         there = len(cells) - len(missing)
         print(f"{len(cells)} cells, {there} of them there already", flush=True)
-        if not missing:
-            return []
-        return self.launcher.launch([cells[cell.id][1] for cell in missing], initial_job_idx=0)
+        elsewhere = self._run([cells[cell.id] for cell in missing])
+        if elsewhere:
+            names = ", ".join(cell.title for cell, _ in elsewhere[:3])
+            more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
+            print(f"waiting for what other sweeps run: {names}{more}", flush=True)
+            defer(folder, [cell.id for cell, _ in elsewhere])
+            self._run(elsewhere)
+        return []
+
+    def _kinds(self, cells: list[Planned]) -> list[Kind]:
+        assert self.config is not None
+        options = {str(key) for key in self.config.hydra.launcher} - {"_target_"}
+        return kinds_of(cells, self.config.hydra.runtime.choices["hydra/launcher"], options)
+
+    def _run(self, cells: list[Planned]) -> list[Planned]:
+        """Hand `cells` to the launcher, a launch a kind; return those that other sweeps run."""
+        launches = [
+            (launcher, some)
+            for kind in self._kinds(cells)
+            for launcher in [self._launcher(kind.options)]
+            for some in self._turns(kind.cells)
+        ]
+        queues = [(queue, some) for queue, some in launches if isinstance(queue, Queue)]
+        if queues:
+            return wait_for(queues)
+        elsewhere: list[Planned] = []
+        first = 0
+        for launcher, some in launches:
+            try:
+                ended = launcher.launch([point for _, point in some], initial_job_idx=first)
+            except BrokenProcessPool:
+                # Of joblib's launcher, which then says of no cell how it ended: the report does.
+                print(
+                    "error: a process of the launcher was ended from outside, and with it the "
+                    "sweep; finished cells are kept, the same command goes on with the rest",
+                    file=sys.stderr,
+                )
+                return []
+            first += len(some)
+            elsewhere += [
+                cell for cell, job in zip(some, ended, strict=True) if job.return_value == ELSEWHERE
+            ]
+        return elsewhere
+
+    def _turns(self, cells: list[Planned]) -> list[list[Planned]]:
+        """Return `cells` as so many launches as keep the driver small.
+
+        Hydra's basic launcher, which runs one cell after the other, keeps the configurations of
+        each (a quarter of a MiB) until its last has ended. Others are given all cells at once.
+        """
+        assert self.config is not None
+        if self.config.hydra.runtime.choices["hydra/launcher"] != "basic":
+            return [cells]
+        return [cells[start : start + TURN] for start in range(0, len(cells), TURN)]
 
     def _cells(self, points: list[list[str]]) -> Cells:
         """Compose every point; the first of several equal cells stands, baselines come first."""
         assert self.loader is not None
         assert self.config is not None
         cells: Cells = {}
+        known = Known()
         for point in points:
             composed = self.loader.load_sweep_config(self.config, point)
             if composed.job.name == "deploy":
                 raise ConfigError(
                     "job=deploy decides on one configuration; run it without -m, once a profile"
                 )
-            with_hydra = OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])
-            cell = plan_cell(with_hydra, point)
+            cell = plan_cell(composed, point, known)
             cells.setdefault(cell.id, (cell, point))
         ordered = sorted(
             cells.items(), key=lambda item: item[1][0].artefact_key != item[1][0].baseline_key
         )
         return dict(ordered)
+
+
+@runtime_checkable
+class Queue(Protocol):
+    """A launcher whose jobs run on other machines, several launches at once."""
+
+    def submit(self, points: Sequence[Sequence[str]], first: int) -> list[Any]:
+        """Hand `points` over and return a job for each; `first` is the number of the first."""
+        ...
+
+    def ended(self, jobs: Sequence[Any]) -> Iterator[tuple[int, JobReturn]]:
+        """Yield the place of each of `jobs` and what it returned, as they end."""
+        ...
+
+    def notice(self, jobs: Sequence[Any]) -> str:
+        """Say what was submitted, where it writes and how it is stopped."""
+        ...
+
+    def cancel(self, jobs: Sequence[Any]) -> None:
+        """Take `jobs` out of the queue."""
+        ...
+
+
+def wait_for(queues: Sequence[tuple[Queue, list[Planned]]]) -> list[Planned]:
+    """Submit all cells, say how each ended; return those that other sweeps run.
+
+    Raises:
+        ConfigError: the cluster refuses some; none is left in the queue.
+    """
+    jobs: list[Any] = []
+    queue, _ = queues[0]
+    for launcher, cells in queues:
+        try:
+            jobs += launcher.submit([point for _, point in cells], len(jobs))
+        except ConfigError:
+            queue.cancel(jobs)
+            raise
+    print(queue.notice(jobs), flush=True)
+    planned = [cell for _, cells in queues for cell in cells]
+    elsewhere: list[Planned] = []
+    start = time.monotonic()
+    for number, (place, job) in enumerate(queue.ended(jobs), start=1):
+        if job.status is JobStatus.COMPLETED:
+            result = str(job.return_value)
+        else:
+            result = f"failed: {job._return_value}"  # the property prints and raises
+        if result == ELSEWHERE:
+            elsewhere.append(planned[place])
+        seconds = time.monotonic() - start
+        print(ended_line(planned[place][0].title, number, len(jobs), result, seconds), flush=True)
+    return elsewhere
 
 
 class SearchSweeper(GridSweeper):

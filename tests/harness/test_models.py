@@ -19,6 +19,7 @@ from harness.models import (
     ModelSource,
     unquantized,
 )
+from harness.remembered import recall, remember
 from harness.shape_model import ShapeModel
 from kernels.errors import ConfigError
 from tests.architectures import CONFIGS, write_checkpoint
@@ -106,10 +107,10 @@ def test_digests_of_large_files_are_remembered_until_the_file_changes(tmp_path: 
     weights.write_bytes(weights.read_bytes() + bytes(1 << 20))
     source, digests = LocalModel("m", str(tmp_path / "m")), tmp_path / "digests.json"
     before = source.identity(digests)
-    known = json.loads(digests.read_text())
+    known = recall(digests)
     assert list(known) == [str(weights)]
     # The remembered digest is really what is used: with another one the identity differs.
-    digests.write_text(json.dumps({str(weights): [*known[str(weights)][:2], "other"]}))
+    remember(digests, {str(weights): [*known[str(weights)][:2], "other"]})
     assert source.identity(digests) != before
     os.utime(weights, ns=(1, 1))
     assert source.identity(digests) == before

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from harness import sensitivity
-from harness.cell import plan_cell
+from harness.planning import plan_cell
 from harness.record import Record, read_record
 from harness.sensitivity import Mixes, Options
 from harness.shape_model import ShapeModel
