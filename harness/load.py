@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
+import pickle  # nosec B403  # for the name of its exception
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 
 from harness.artefacts import Manifest, read_manifest
 from harness.cache import Cache
+from harness.claim import TakenOverError, superseded
 from harness.context import (
     Comparing,
     Context,
@@ -26,8 +27,10 @@ from harness.context import (
     ReferenceMissingError,
     reference_model_key,
 )
+from harness.device import Device, device_of
 from harness.hardware import Hardware, describe
 from harness.launch import Stage
+from harness.lm_eval_results import write_results
 from harness.load import load_tokenizer
 from harness.measures.execution import decoding
 from harness.record import Failure, Record, Status, Value, write_record
@@ -50,9 +53,17 @@ class Progress:
         self.sampled: list[Value] = []
         self.errors: list[Failure] = []
         self.details: dict[str, Any] = {"notes": []}
+        self.lm_eval: dict[str, Any] = {}
 
     def write(self, status: Status, interrupted_at: str | None = None) -> None:
-        """Write the record; `interrupted_at` names the step that a crash from here on would hit."""
+        """Write the record; `interrupted_at` names the step that a crash from here on would hit.
+
+        Raises:
+            TakenOverError: another sweep has begun the cell anew, and its record is not replaced.
+        """
+        claimed = self.job.get("claim")
+        if claimed is not None and superseded(Path(claimed)):
+            raise TakenOverError("another sweep has taken the cell over")
         errors = list(self.errors)
         if interrupted_at is not None:
             errors.append(Failure(interrupted_at, "interrupted", "the cell ended in this step"))
@@ -67,6 +78,7 @@ class Progress:
             started=self.started,
             seconds=time.perf_counter() - self.start,
         )
+        write_results(record, self.lm_eval, Path(self.job["folder"]))
         write_record(record, Path(self.job["folder"]))
 
 
@@ -84,13 +96,8 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     axes = {"bits": manifest.bits, "group_size": manifest.group_size}
     progress = Progress({**job, "summary": {**job["summary"], **axes}}, hardware)
     _describe_artefact(progress, manifest)
-    stage("loading the artefact")
-    start = time.perf_counter()
-    engine = method.load(Path(job["artefact"]), hardware)
-    _synchronize(hardware)
-    if "memory" in engine.capabilities:
-        seconds = time.perf_counter() - start
-        progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
+    device = device_of(hardware.device)
+    engine = _load(method, device, hardware, progress, stage)
     progress.details["runtime"] = engine.runtime
     progress.details["decoding"] = decoding(engine)
     progress.details["kernel_choices"] = getattr(engine, "choices", [])
@@ -106,10 +113,34 @@ def main(job: dict[str, Any], stage: Stage) -> None:
     first = {name for name, one in measures.items() if getattr(one, "goes_first", False)}
     for name, measure in sorted(measures.items(), key=lambda item: item[0] not in first):
         progress.write("failed", interrupted_at=name)
-        _run_one(name, measure, engine, context, progress, stage)
+        # What is timed, or counts memory, is disturbed by others; quality is not.
+        with device.shared(stage) if measure.quality else device.alone(stage):
+            _run_one(name, measure, engine, context, progress, stage)
     engine.close()
     broken = any(error.stage in decisive for error in progress.errors)
     progress.write("failed" if broken else "partial" if progress.errors else "ok")
+
+
+def _load(
+    method: Method, device: Device, hardware: Hardware, progress: Progress, stage: Stage
+) -> Engine:
+    """Load the artefact; the seconds count where nobody else was on the device meanwhile."""
+    with device.shared(stage) as alone:
+        stage("loading the artefact")
+        start = time.perf_counter()
+        engine = method.load(Path(progress.job["artefact"]), hardware)
+        _synchronize(hardware)
+        seconds = time.perf_counter() - start
+        undisturbed = alone()
+    if "memory" not in engine.capabilities:
+        return engine
+    if undisturbed:
+        progress.values.append(Value("load", "load_seconds", "artefact", seconds, "s", False))
+    else:
+        progress.details["notes"].append(
+            "load_seconds not measured: other cells ran on the device meanwhile"
+        )
+    return engine
 
 
 def _loaders(method: Method, artefact: Path, hardware: Hardware) -> dict[str, Callable[[], Engine]]:
@@ -192,6 +223,7 @@ def _context(job: dict[str, Any], hardware: Hardware, progress: Progress) -> Con
         resident_at_start=job["resident_at_start"],
         baseline=load_baseline if job["baseline_artefact"] else None,
         details=progress.details,
+        lm_eval=progress.lm_eval,
     )
 
 
@@ -211,13 +243,14 @@ def _describe_artefact(progress: Progress, manifest: Manifest) -> None:
         said = instantiate(progress.job["config"]["data"]).contamination()
         progress.details["notes"] += [said] if said else []
     progress.details["notes"] += manifest.notes
-    seconds, peak = manifest.quantize_seconds, float(manifest.quantize_peak_bytes)
-    if seconds is None:
-        return
-    progress.values += [
-        Value("quantize", "quantize_seconds", "quantize", seconds, "s", False),
-        Value("quantize", "quantize_peak_bytes", "process_peak", peak, "B", False),
-    ]
+    if (seconds := manifest.quantize_seconds) is not None:
+        progress.values.append(
+            Value("quantize", "quantize_seconds", "quantize", seconds, "s", False)
+        )
+    if (peak := manifest.quantize_peak_bytes) is not None:
+        progress.values.append(
+            Value("quantize", "quantize_peak_bytes", "process_peak", float(peak), "B", False)
+        )
 
 
 def _describe_kernels(progress: Progress, uses: list[KernelUse]) -> None:

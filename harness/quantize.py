@@ -13,29 +13,36 @@ from torch import Tensor
 
 from harness.artefacts import Manifest, file_facts, publish, training_state
 from harness.cache import Cache
+from harness.device import device_of
 from harness.encoder_text import frame
+from harness.hardware import Hardware
 from harness.launch import Stage
 from harness.load import load_model, load_tokenizer, meta_model, model_facts
 from harness.memory import peak_bytes
 from harness.models import ModelSource, unquantized
+from harness.temporary import remove, temporary_beside
 from kernels.errors import ConfigError
 from methods.base import AdoptingMethod, Method, QuantizeReport, TrainingMethod
 from methods.encoders import is_encoder
+
+NOT_TIMED = "quantize_seconds not measured: other cells ran on the device meanwhile"
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
     """Make the artefact of `job["method"]` in folder `job["artefact"]`."""
     method: Method = instantiate(job["method"])
-    method.check(instantiate(job["config"]["hardware"]))
+    hardware: Hardware = instantiate(job["config"]["hardware"])
+    method.check(hardware)
     artefact = Path(job["artefact"])
-    temporary = artefact.with_name(f".{artefact.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(artefact)
     temporary.mkdir(parents=True)
     try:
-        if isinstance(method, AdoptingMethod):
-            made = _adopted(method, job, temporary, stage)
-        else:
-            made = _quantized(method, job, temporary, stage)
+        with device_of(hardware.device).shared(stage) as alone:
+            if isinstance(method, AdoptingMethod):
+                made = _adopted(method, job, temporary, stage)
+            else:
+                made = _quantized(method, job, temporary, stage)
+            timed = made.seconds is not None and alone()
         if made.tokenizer is not None:
             made.tokenizer.save_pretrained(temporary)
         report = made.report
@@ -47,9 +54,11 @@ def main(job: dict[str, Any], stage: Stage) -> None:
             matrices=[asdict(matrix) for matrix in report.quantized],
             stored_bits=report.stored_bits,
             left_out=[list(entry) for entry in report.left_out],
-            notes=list(report.notes),
-            quantize_seconds=made.seconds,
-            quantize_peak_bytes=peak_bytes() - job["resident_at_start"],
+            notes=[*report.notes, *([] if timed or made.seconds is None else [NOT_TIMED])],
+            quantize_seconds=made.seconds if timed else None,
+            quantize_peak_bytes=(
+                None if made.seconds is None else peak_bytes() - job["resident_at_start"]
+            ),
             model=made.facts,
             calibration=made.shown,
             unquantized=report.unquantized,
@@ -58,7 +67,7 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         publish(temporary, artefact, manifest)
         shutil.rmtree(training_state(artefact), ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 from harness.cache import Cache
 from harness.context import Comparing, Context, Measure, reference_model_key
+from harness.device import device_of
 from harness.hardware import Hardware
 from harness.launch import Stage
 from harness.load import load_model
@@ -36,7 +37,8 @@ def main(job: dict[str, Any], stage: Stage) -> None:
         if isinstance(measure, Comparing) and not (job["random_weights"] and measure.quality)
     }
     if comparing:
-        _prepare(comparing, job, hardware, stage)
+        with device_of(hardware.device).shared(stage):
+            _prepare(comparing, job, hardware, stage)
     marker = Path(job["marker"])
     marker.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(marker, b"done\n")

@@ -9,7 +9,6 @@ Torch-free, and lm_eval is imported only where nothing is remembered: the driver
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.embedded.tasks import FOLDER
-from harness.record import digest, write_atomically
+from harness.record import digest
+from harness.remembered import recall, remember
 from harness.task_files import tree_digest
 from kernels.errors import ConfigError
 
@@ -73,12 +73,12 @@ def parts_of(names: Sequence[str], include: Path | None, cache: Path) -> list[Pa
     """
     key = [FORMAT, metadata.version(LM_EVAL), list(names), _folders_digest(include, cache)]
     path = cache / "tasks" / f"{digest(key)[:32]}.json"
-    known = _read(path)
+    known = recall(path)
     if isinstance(known, list):
         return [_part(fields) for fields in known]
     registry = _entries(names, include, cache)
     found = [part for name in names for part in _parts(name, registry)]
-    _write(path, [asdict(part) for part in found])
+    remember(path, [asdict(part) for part in found])
     return found
 
 
@@ -137,10 +137,10 @@ def _defaults(cache: Path) -> dict[str, Any]:
 
     root = Path(lm_eval.tasks.__file__).parent
     path = defaults_file(cache)
-    known = _read(path)
+    known = recall(path)
     if not isinstance(known, dict):
         known = indexed([root], root)
-        _write(path, known)
+        remember(path, known)
     registry: dict[str, Any] = {
         name: Entry(name, Kind[kind], root / file if file else None, None, set(tags))
         for name, (kind, file, tags) in known.items()
@@ -290,19 +290,6 @@ def _part(fields: Mapping[str, Any]) -> Part:
 def _folders_digest(include: Path | None, cache: Path) -> list[str]:
     folders = [FOLDER] if include is None else [FOLDER, include]
     return [tree_digest(folder, cache / DIGESTS) for folder in folders]
-
-
-def _read(path: Path) -> Any:
-    """Return the content of a remembered file, None where there is none or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content).encode())
 
 
 @contextmanager

@@ -280,7 +280,8 @@ def main() -> None:
     if not arguments.tails_only:
         _run(train(model, tokenizer, plan), lambda: save(model, tokenizer, first, plan), "train")
     # In either case from the stored FP16 weights, so that both ways give the same model.
-    model.load_state_dict(LlamaForCausalLM.from_pretrained(first).float().state_dict())
+    stored = LlamaForCausalLM.from_pretrained(first, local_files_only=True)
+    model.load_state_dict(stored.float().state_dict())
     _run(
         lengthen_tails(model, tokenizer, plan),
         lambda: save(model, tokenizer, arguments.out, plan),

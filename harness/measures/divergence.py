@@ -3,7 +3,8 @@
 Per scored token the exact KL(reference ‖ engine) over the whole vocabulary (float32 softmax,
 float64 sums), streamed window by window over the windows of GPTQ's perplexity protocol. Beside it
 stands a noise floor: the divergence of the unquantized model from itself when it is run again in
-the cell's own floating type, or in another batch shape where that type is the reference's.
+the cell's own floating type, or in another batch shape where that type is the reference's. The
+losses of the same windows are left for a perplexity that is measured after it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from harness.context import Context
 from harness.hardware import Hardware
 from harness.measures.kept_logits import KeptLogits, keep_logits
+from harness.measures.perplexity import mean_losses
 from harness.measures.statistics import empirical_quantile, stderr_of_mean
 from harness.measures.windows import (
     Windows,
@@ -47,6 +49,8 @@ class TokenDivergence:
         agree: float64 [N], 1 where both put the same token first, else 0.
         delta_p: float64 [N], probability of the target token, engine minus reference.
         difference: float64 [N], mean absolute difference of the logits.
+        loss: float32 [N], negative log-likelihood of the target token by the engine, nats; means
+            nothing where a logit is not finite.
         nonfinite: number of logits of the engine that are NaN or infinite.
     """
 
@@ -54,6 +58,7 @@ class TokenDivergence:
     agree: Tensor
     delta_p: Tensor
     difference: Tensor
+    loss: Tensor
     nonfinite: int
 
 
@@ -64,23 +69,27 @@ def token_divergence(reference: Tensor, logits: Tensor, targets: Tensor) -> Toke
     it counts with infinite divergence and difference, as a disagreement, and with probability 0
     for its target. So no token is dropped, and a broken engine cannot look good.
     """
-    finite = torch.isfinite(logits)
-    broken = ~finite.all(-1)
+    # NaN is the least and the largest wherever it is, so two passes without a copy tell.
+    broken = ~(torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1)))
     agree = (reference.argmax(-1) == logits.argmax(-1)) & ~broken
+    nonfinite = 0
     if bool(broken.any()):
+        nonfinite = int((~torch.isfinite(logits)).sum())
         logits = torch.where(broken[:, None], 0.0, logits)
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
     share = expected.exp()
     kl = divergence_terms(share, found.exp(), found - expected).sum(-1, dtype=torch.float64)
     difference = (reference - logits).abs().mean(-1, dtype=torch.float64)
-    probability = found.gather(1, targets[:, None]).exp().double()[:, 0]
+    of_target = found.gather(1, targets[:, None])
+    probability = of_target.exp().double()[:, 0]
     delta_p = probability.masked_fill(broken, 0.0) - share.gather(1, targets[:, None])[:, 0]
     return TokenDivergence(
         kl.masked_fill(broken, torch.inf),
         agree.double(),
         delta_p,
         difference.masked_fill(broken, torch.inf),
-        int((~finite).sum()),
+        -of_target[:, 0],
+        nonfinite,
     )
 
 
@@ -120,8 +129,14 @@ class Divergence:
         noise = context.reference(NOISE_KIND, self._noise_key(windows, context.hardware))
         batches = windows.batches(self.batch_size, engine.vocab_size)
         found = _WindowSums()
+        losses: list[Tensor] = []
         for per_window in _compare(engine, context, windows, batches):
             found.add(per_window)
+            losses.append(torch.cat([part.loss for part in per_window]).cpu())
+        if found.nonfinite == 0:
+            for start, ids in windows.batches(self.batch_size, engine.vocab_size):
+                means = mean_losses(torch.stack(losses[start : start + len(ids)]))
+                context.losses[windows.batch_key(start, len(ids))] = engine, means
         return found.values(windows.protocol, noise["kl"].tolist())
 
     def _noise_key(self, windows: Windows, hardware: Hardware) -> list[Any]:

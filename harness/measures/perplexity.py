@@ -2,7 +2,8 @@
 
 Both give exp of the mean negative log-likelihood over all predictions; they differ in how the text
 is joined and cut, and in which positions count (`harness.measures.windows`). Logits are float32,
-sums are float64. A perplexity that overflows or is not a number is recorded as such.
+sums are float64. A perplexity that overflows or is not a number is recorded as such. Windows whose
+losses a measure before this one has left in the context are not read again.
 """
 
 from __future__ import annotations
@@ -67,9 +68,12 @@ class Perplexity:
         """
         windows = PROTOCOLS[self.protocol](context, engine, self.seq_len, self.windows)
         losses: list[float] = []
-        for _, ids in windows.batches(self.batch_size, engine.vocab_size):
-            per_token = token_losses(engine, ids, windows.first)
-            losses += per_token.mean(-1, dtype=torch.float64).tolist()
+        for start, ids in windows.batches(self.batch_size, engine.vocab_size):
+            reader, known = context.losses.get(windows.batch_key(start, len(ids)), (None, []))
+            if reader is engine and not isinstance(engine, Scoring):
+                losses += known
+            else:
+                losses += mean_losses(token_losses(engine, ids, windows.first))
         perplexity = _exp(math.fsum(losses) / len(losses))
         stderr = stderr_of_mean(losses)
         return [
@@ -92,6 +96,12 @@ def _exp(mean: float) -> float:
         return math.exp(mean)
     except OverflowError:
         return math.inf
+
+
+def mean_losses(per_token: Tensor) -> list[float]:
+    """Return the mean of each window of float32 [B, n], summed in float64."""
+    means: list[float] = per_token.mean(-1, dtype=torch.float64).tolist()
+    return means
 
 
 def token_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from harness import json_file as check
 from harness.artefacts import MANIFEST, Manifest, read_manifest
 from harness.context import Context
 from harness.measures.execution import is_simulated
@@ -103,19 +104,38 @@ def tensor_bytes(engine: Engine, artefact: Path) -> dict[str, int]:
         return engine.stored_bytes()
     sizes: dict[str, int] = {}
     for path in sorted(artefact.glob("*.safetensors")):
-        for name, facts in _header(path).items():
-            begin, end = facts["data_offsets"]
-            sizes[name] = end - begin
+        sizes |= header_sizes(path)
     return sizes
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: its length as 8 bytes, then JSON."""
+def header_sizes(path: Path) -> dict[str, int]:
+    """Return tensor -> bytes by the header of a safetensors file: its length (8 bytes), then JSON.
+
+    Raises:
+        SizeMismatchError: the header is none, or speaks of more than the file has.
+    """
+    total = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
+        if length > total - LENGTH_BYTES:
+            raise SizeMismatchError(f"{path} says that its header has {length} bytes")
+        try:
+            header = check.parse_json(file.read(length))
+        except ValueError as error:
+            raise SizeMismatchError(f"{path} has no header: {error}") from error
+    if not isinstance(header, dict):
+        raise SizeMismatchError(f"{path} has no header: it is no object")
+    sizes = {}
+    for name in header.keys() - {"__metadata__"}:
+        facts = header[name] if isinstance(header[name], dict) else {}
+        offsets: Any = facts.get("data_offsets")
+        if not check.list_of(check.count)(offsets) or len(offsets) != 2:
+            raise SizeMismatchError(f"{path} does not say where {check.shown(name)} lies")
+        begin, end = offsets
+        if not begin <= end <= total - LENGTH_BYTES - length:
+            raise SizeMismatchError(f"{path} has no room for {check.shown(name)}")
+        sizes[name] = end - begin
+    return sizes
 
 
 def weights_of(matrices: list[dict[str, Any]]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ class Tasks:
             ConfigError: as `check`, where it shows without data.
         """
         from harness.measures.lm_eval_model import EngineModel
+        from harness.measures.lm_eval_output import merge, model_output
 
+        start = time.perf_counter()
         cache = context.cache.folder
         parts = self._parts(cache)
         if self.apply_chat_template:
@@ -140,7 +143,7 @@ class Tasks:
                     context.details["notes"].append(f"{asked} not measured: {missing}")
                     continue
                 try:
-                    results = self._evaluate(model, mine, registry, data)
+                    results, output = self._evaluate(model, mine, registry, data)
                 except (ReferenceMissingError, MemoryError):
                     raise
                 except Exception as error:  # noqa: BLE001  # one may break, the next still runs
@@ -149,7 +152,20 @@ class Tasks:
                 values += results.values
                 context.details.setdefault("tasks", {}).update(results.details)
                 context.answers.update(results.answers)
+                merge(context.lm_eval, output)
+        if context.lm_eval:
+            form = model_output(model, self.apply_chat_template, self.system_instruction)
+            merge(context.lm_eval, {**form, **self._asked(time.perf_counter() - start)})
         return values
+
+    def _asked(self, seconds: float) -> dict[str, Any]:
+        """Return what was asked, and how long it took, under lm-eval's names."""
+        limit = dict(self.limit) if isinstance(self.limit, Mapping) else self.limit
+        return {
+            "config": {"batch_size": self.batch_size, "limit": limit, "fewshot_seed": self.seed},
+            "fewshot_as_multiturn": self.fewshot_as_multiturn,
+            "total_evaluation_time_seconds": str(seconds),
+        }
 
     def _parts(self, cache: Path) -> list[Part]:
         """Return the tasks behind all names; what is wrong with the names is a ConfigError."""
@@ -239,10 +255,11 @@ class Tasks:
 
     def _evaluate(
         self, model: Any, parts: Sequence[Part], registry: Mapping[str, Any], data: TaskData
-    ) -> Results:
-        """Load the tasks behind one name and evaluate them together."""
+    ) -> tuple[Results, dict[str, Any]]:
+        """Load the tasks behind one name and evaluate them together; also as lm-eval tells it."""
         from lm_eval.evaluator import evaluate
 
+        from harness.measures.lm_eval_output import lm_eval_output
         from harness.measures.task_values import Results
 
         loaded = self._load(parts, registry, data)
@@ -266,7 +283,8 @@ class Tasks:
             fewshot_as_multiturn=self.fewshot_as_multiturn,
             confirm_run_unsafe_code=self.allow_code_execution,
         )
-        return Results(results, loaded, limits, self._form())
+        values = Results(results, loaded, limits, self._form())
+        return values, lm_eval_output(results, loaded)
 
     def _form(self) -> str:
         """Return what a protocol's name says of the form of the prompts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -53,6 +54,10 @@ class Windows:
         size = max(1, min(batch_size, LOGITS_BYTES // logits_bytes))
         for start in range(0, len(self.ids), size):
             yield start, self.ids[start : start + size]
+
+    def batch_key(self, start: int, count: int) -> tuple[Any, ...]:
+        """Return the identity of `count` windows from `start` that are read together and scored."""
+        return self.digest, self.length, self.first, start, count
 
 
 def gptq_windows(

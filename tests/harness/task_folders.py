@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harness.remembered import remember
 from harness.task_index import defaults_file, indexed
 
 FOLDERS = (
@@ -27,18 +28,16 @@ SUBJECTS = {"abstract_algebra": 4, "anatomy": 6}
 
 
 @cache
-def _index() -> str:
+def _index() -> Any:
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    return json.dumps(indexed([root / folder for folder in FOLDERS], root))
+    return indexed([root / folder for folder in FOLDERS], root)
 
 
 def with_index(cache_folder: Path) -> Path:
     """Let `cache_folder` remember an index of FOLDERS, which takes no 8 seconds, and return it."""
-    path = defaults_file(cache_folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_index())
+    remember(defaults_file(cache_folder), _index())
     return cache_folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from harness.cell import plan_cell
+from harness.planning import plan_cell
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

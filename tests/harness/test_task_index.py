@@ -10,6 +10,7 @@ import pytest
 
 from harness import task_index
 from harness.embedded.tasks import NAMES
+from harness.remembered import recall
 from harness.task_index import defaults_file, parts_of, registry_of
 from kernels.errors import ConfigError
 from tests.harness.task_folders import with_index
@@ -69,7 +70,7 @@ def test_a_damaged_memory_is_made_again(cache: Path) -> None:
 def test_lm_evals_whole_index_is_made_where_none_is_remembered(tmp_path: Path) -> None:
     (part,) = parts_of(["arc_easy"], None, tmp_path)
     assert part.dataset == "allenai/ai2_arc"
-    names = json.loads(defaults_file(tmp_path).read_text())
+    names = recall(defaults_file(tmp_path))
     assert len(names) > 10_000
     assert names["mmlu"] == ["GROUP", "mmlu/default/_mmlu.yaml", []]
     assert names["lambada"] == ["TAG", None, ["lambada_openai", "lambada_standard"]]

@@ -17,6 +17,7 @@ from harness.hardware import Hardware
 from harness.measures import windows
 from harness.measures.divergence import Divergence, token_divergence
 from harness.measures.kept_logits import WINDOW_KIND
+from harness.measures.perplexity import Perplexity
 from kernels.errors import ConfigError
 from tests.architectures import VOCABULARY, logits_of, tiny
 from tests.harness.measures.surroundings import (
@@ -223,3 +224,25 @@ def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] = math.nan
     with pytest.raises(ConfigError, match="the unquantized model's logits hold NaN"):
         MEASURE.prepare(engine_of(model), make_context(tmp_path, ids))
+
+
+@pytest.mark.parametrize(("size", "known"), [(1, 3), (2, 2)])
+def test_it_leaves_the_losses_that_perplexity_would_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, known: int
+) -> None:
+    model, ids = tiny("llama"), drawn_ids(5 * LENGTH + 3, VOCABULARY)
+    engine, other = engine_of(perturbed(model)), engine_of(perturbed(model, 0.5))
+    measure = Perplexity("gptq", LENGTH, batch_size=size)
+    expected = [measure.run(one, make_context(tmp_path, ids)) for one in (engine, other)]
+    context, divergence = make_context(tmp_path, ids), Divergence(LENGTH, 3, size)
+    divergence.prepare(engine_of(model), context)
+    divergence.run(engine, context)
+    reads: list[int] = []
+    read = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda rows, **options: reads.append(len(rows)) or read(rows, **options)
+    )
+    assert measure.run(engine, context) == expected[0]
+    # Of batches of two only the first was read as it is here: the other one had one window.
+    assert sum(reads) == 5 - known
+    assert measure.run(other, context) == expected[1]
