@@ -1,7 +1,8 @@
 """`python -m reports`: the report of a folder of runs, a recommendation from it, or two compared.
 
-The first word decides: `recommend` and `diff` have a command line of their own (`reports.recommend`
-and `reports.diff`), everything else is a folder. A folder of such a name is given as `./diff`.
+The first word decides: `recommend`, `diff` and `track` have a command line of their own
+(`reports.recommend`, `reports.diff`, `reports.track`), everything else is a folder. A folder of
+such a name is given as `./diff`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,27 @@ PLAIN_WIDTH = 160
 EXIT_UNKNOWN_ROW = 1
 EXIT_USER_ERROR = 2
 
-COMMANDS = {"recommend": "reports.recommend.command", "diff": "reports.diff.command"}
+COMMANDS = {
+    "recommend": "reports.recommend.command",
+    "diff": "reports.diff.command",
+    "track": "reports.track",
+}
 """First words that are no folder, and the modules whose `main` takes the words behind them."""
 
 USAGE = """\
 python -m reports RUNS_DIR [--repeat MODE]
        python -m reports RUNS_DIR --compare A B
        python -m reports recommend RUNS_DIR [KEY=VALUE ...]
-       python -m reports diff RUNS_A RUNS_B"""
+       python -m reports diff RUNS_A RUNS_B
+       python -m reports track RUNS_DIR --project NAME"""
 
 OTHERS = """\
-Two first words are commands, each with a --help of its own:
+Three first words are commands, each with a --help of its own:
   recommend RUNS_DIR   which measured rows meet your conditions, and which to take
   diff RUNS_A RUNS_B   what changed between two sets of records: another version of a
                        library, another machine, another commit of a model
-A folder that is called recommend or diff is given as ./recommend or ./diff."""
+  track RUNS_DIR       every row as a run of Weights & Biases, on disk until you send it
+A folder that is called by one of these words is given as ./recommend, ./diff or ./track."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

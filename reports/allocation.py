@@ -19,7 +19,7 @@ from typing import Any
 from harness.record import Value
 from reports import words
 from reports.blocks import Block, Field, Grid, Head, Map, Picture, Spot, number, plain
-from reports.rows import Group, Row, main_protocol, mapping, node_label, sequence
+from reports.rows import Group, Row, mapping, node_label, sequence
 from reports.rows import number as figure
 
 MOST_PICTURES = 6
@@ -95,7 +95,7 @@ def allocation_blocks(group: Group) -> list[Block]:
 
 def validate(group: Group, row: Row) -> Validation:
     """Return whether `row` lies below the curve of the uniform rows of its group."""
-    sizes, quality = (main_protocol(group.rows, name) for name in ("artefact_bytes", "kl_mean"))
+    sizes, quality = (group.main_protocol(name) for name in ("artefact_bytes", "kl_mean"))
     size = row.get("artefact_bytes", sizes) if sizes else None
     kl = row.get("kl_mean", quality) if quality else None
     if sizes is None or quality is None or size is None or kl is None:
@@ -217,7 +217,7 @@ def _budgets(group: Group, rows: Sequence[Row]) -> Grid:
         *(Head("KL, predicted", "nats", True), Head("KL, measured", "nats", True)),
         *(Head("At equal bytes", "× of the curve", True), Head("Verdict")),
     )
-    quality = main_protocol(group.rows, "kl_mean")
+    quality = group.main_protocol("kl_mean")
     lines = []
     for row in rows:
         facts = allocation_of(row)

@@ -12,7 +12,7 @@ from typing import Any
 
 from reports import words
 from reports.blocks import Block, Field, Grid, Head, plain
-from reports.rows import Group, Row, axes_label, main_protocol, mapping
+from reports.rows import Group, Row, axes_label, mapping
 
 OBSERVERS = ("observer", "scale_search", "percentile", "activation_observer", "weight_observer")
 """Options that say how a range is chosen from what was seen."""
@@ -46,7 +46,7 @@ def spreads(group: Group) -> list[tuple[float | None, float | None]]:
 
     Largest over smallest KL of rows that differ in that alone, None where none do.
     """
-    protocol = main_protocol(group.rows, "kl_mean")
+    protocol = group.main_protocol("kl_mean")
     if protocol is None:
         return []
     found = []
@@ -123,7 +123,7 @@ def _grid(group: Group, rows: list[Row]) -> Grid:
         *(Head("KL", "nats", True), Head("Row")),
     )
     lines = []
-    quality, divergence = (main_protocol(group.rows, name) for name in ("perplexity", "kl_mean"))
+    quality, divergence = (group.main_protocol(name) for name in ("perplexity", "kl_mean"))
     ordered = sorted(rows, key=lambda r: (_observer(r), calibration_text(r), _samples(r), r.label))
     for row in ordered:
         value = row.get("perplexity", quality) if quality else None

@@ -115,14 +115,11 @@ class CellPage:
     blocks: tuple[Block, ...]
 
 
-def cell_files(page: Page) -> dict[str, bytes]:
-    """Return the page of every cell of the report by its address, relative to the report."""
-    return {
-        addresses.cell_page(one.row.record.cell): html_page(
-            "cell.html.jinja", {}, cell=one
-        ).encode()
-        for one in cell_pages(page)
-    }
+def cell_files(page: Page) -> Iterator[tuple[str, bytes]]:
+    """Yield the address of every cell of the report, relative to the report, and its page."""
+    for one in cell_pages(page):
+        text = html_page("cell.html.jinja", {}, cell=one)
+        yield addresses.cell_page(one.row.record.cell), text.encode()
 
 
 def cell_pages(page: Page) -> Iterator[CellPage]:

@@ -12,12 +12,21 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from harness.plan import read_plan
+from harness.claim import claim
+from harness.plan import PlanError, read_plan
 from harness.record import RecordError, read_record
 
 
 class Closing(Callback):
     """Prints the table of the run's cells and writes the report of its folder."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before a single cell."""
+        _make(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before a grid."""
+        _make(Path(config.hydra.sweep.dir))
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """After a single cell."""
@@ -28,12 +37,30 @@ class Closing(Callback):
         _close(Path(config.hydra.sweep.dir), Path(config.runs_dir))
 
 
+def _make(folder: Path) -> None:
+    """Make the folder of a run, which Hydra would fail to make with a trace of its own."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"error: {error.filename} cannot be made: {error.strerror}; runs_dir=FOLDER has to be "
+            "a folder that can be written",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
 def _close(folder: Path, runs_dir: Path) -> None:
     from reports.outcomes import outcome_text, succeeded
     from reports.render import ReportError, write_report
     from reports.table import summary_text
 
-    plan = read_plan(folder)
+    try:
+        plan = read_plan(folder)
+    except (OSError, PlanError) as error:
+        # Hydra would turn it into a warning, and the status into 0.
+        print(f"error: the run's plan is lost: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     records, problems = [], []
     for cell in plan.cells:
         try:
@@ -48,12 +75,15 @@ def _close(folder: Path, runs_dir: Path) -> None:
         print(f"\n{outcome}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
+    done = all(record.status == "ok" and succeeded(record) for record in records)
+    del records  # the report reads them again, and of thousands needs the room
     try:
-        pages = write_report(runs_dir)
+        # Of two sweeps that end together, the later one reads what the earlier one has left.
+        with claim(runs_dir / "cache" / "report" / "claim", lambda holder: None):
+            pages = write_report(runs_dir)
     except (OSError, ReportError) as error:
         print(f"error: the report could not be written: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"\nreport: {pages.html}")
-    done = all(record.status == "ok" and succeeded(record) for record in records)
     if problems or not done:
         raise SystemExit(1)

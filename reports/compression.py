@@ -12,7 +12,7 @@ from typing import Any
 from harness.record import Value
 from reports import words
 from reports.blocks import Block, Field, Grid, Head, plain, share
-from reports.rows import Group, Row, main_protocol, mapping, sequence
+from reports.rows import Group, Row, mapping, sequence
 from reports.rows import number as figure
 
 
@@ -139,7 +139,7 @@ def _quality_heads() -> tuple[Head, ...]:
 def _quality(group: Group, row: Row) -> tuple[Field, ...]:
     found: dict[str, Value | None] = {}
     for metric in ("artefact_bytes", "perplexity", "kl_mean"):
-        protocol = main_protocol(group.rows, metric)
+        protocol = group.main_protocol(metric)
         found[metric] = row.get(metric, protocol) if protocol else None
     perplexity, change = found["perplexity"], Field(words.UNKNOWN)
     if perplexity is not None:

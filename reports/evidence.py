@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from harness.record import Value
 from reports import protocols, words
 from reports.rows import Group, family
-from reports.summary import summary_table
-from reports.verdicts import Judged, Judgement, judge
+from reports.summary import summary_columns
+from reports.verdicts import Judgement, judge
 
 UNSEEN = ("not distinguishable", "same answers")
 """Verdicts that a larger difference might hide behind."""
@@ -80,13 +80,16 @@ class Evidence:
     left_out: tuple[str, ...]
 
 
-def evidence(group: Group) -> list[Evidence]:
-    """Return the tables of the figures of quality that stand in the group's summary."""
+def evidence(group: Group, detailed: bool = True) -> list[Evidence]:
+    """Return the tables of the figures of quality that stand in the group's summary.
+
+    Not `detailed`, they have no lines.
+    """
     judged = judge(group)
     return [
-        _table(group, judged, column.metric, column.protocol)
-        for column in summary_table(group).columns
-        if judged.of(column.metric, column.protocol)
+        _table(group, judged.of(*key), detailed)
+        for key in summary_columns(group)
+        if judged.of(*key)
     ]
 
 
@@ -136,8 +139,9 @@ def line(one: Judgement) -> EvidenceLine:
     )
 
 
-def _table(group: Group, judged: Judged, metric: str, protocol: str) -> Evidence:
-    column = judged.of(metric, protocol)
+def _table(group: Group, column: list[Judgement], detailed: bool) -> Evidence:
+    metric, protocol = column[0].value.metric, column[0].value.protocol
+    uncompared = judge(group).uncompared
     return Evidence(
         title=title_of(column[0].value),
         protocol=protocol,
@@ -146,12 +150,12 @@ def _table(group: Group, judged: Judged, metric: str, protocol: str) -> Evidence
         flips=any(one.comparison.lost is not None for one in column),
         ruled=any(one.acceptance is not None for one in column),
         counts=_counts(column),
-        lines=tuple(line(one) for one in column),
+        lines=tuple(line(one) for one in column) if detailed else (),
         limit=_limit(column),
         left_out=tuple(
-            f"{row.label}: {judged.uncompared[row.record.cell, metric, protocol]}"
+            f"{row.label}: {uncompared[row.record.cell, metric, protocol]}"
             for row in group.measured
-            if (row.record.cell, metric, protocol) in judged.uncompared
+            if (row.record.cell, metric, protocol) in uncompared
         ),
     )
 

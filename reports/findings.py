@@ -17,7 +17,7 @@ from itertools import pairwise
 from reports import protocols, stats, words
 from reports.paired import compare, said
 from reports.pareto import plane
-from reports.rows import Group, Row, kept_back, main_protocol, mapping, number, sequence
+from reports.rows import Group, Row, kept_back, mapping, number, sequence
 from reports.summary import NOISY_SPREAD, decodes_otherwise, noisy, one_score_a_task
 from reports.tasks import chance
 from reports.verdicts import Judged, judge
@@ -93,8 +93,8 @@ def warnings(group: Group) -> list[str]:
 
 
 def _smallest_within(group: Group) -> list[Finding]:
-    protocol = main_protocol(group.rows, "perplexity")
-    sizes = main_protocol(group.rows, "artefact_bytes")
+    protocol = group.main_protocol("perplexity")
+    sizes = group.main_protocol("artefact_bytes")
     if protocol is None or sizes is None:
         return []
     found = []
@@ -128,7 +128,7 @@ def _smallest_within(group: Group) -> list[Finding]:
 
 def _fastest(group: Group) -> list[Finding]:
     metric = "decode_tokens_per_second"
-    protocol = main_protocol(group.rows, metric)
+    protocol = group.main_protocol(metric)
     if protocol is None:
         return []
     pairs = [(value, row) for row in group.rows if (value := row.get(metric, protocol))]
@@ -151,7 +151,7 @@ def _fastest(group: Group) -> list[Finding]:
 
 
 def _slower_than_baseline(group: Group) -> list[Finding]:
-    protocol = main_protocol(group.rows, "decode_speedup")
+    protocol = group.main_protocol("decode_speedup")
     if protocol is None:
         return []
     pairs = [(value, row) for row in group.rows if (value := row.get("decode_speedup", protocol))]
@@ -189,7 +189,7 @@ def _fronts(group: Group) -> list[Finding]:
 
 
 def _told_apart(group: Group) -> list[Finding]:
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     return [
         Finding(
             f"Methods by perplexity at {found.title}",
@@ -243,7 +243,7 @@ def _acceptable(group: Group) -> list[Finding]:
 
 def _ruled_figures(group: Group, judged: Judged) -> dict[str, tuple[str, str]]:
     """Return the figures that the rule holds for, by name: perplexity and a score a task."""
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     wanted = {} if protocol is None else {"perplexity": ("perplexity", protocol)}
     for metric, of_task in one_score_a_task(group.rows):
         wanted[f"{protocols.task_of(of_task)} {metric}"] = (metric, of_task)
@@ -280,7 +280,7 @@ def _at_chance(group: Group) -> list[str]:
 
 
 def _broken(group: Group) -> list[Finding]:
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     if protocol is None or not group.baselines:
         return []
     damaged = []
@@ -326,7 +326,7 @@ def _about_timing(group: Group) -> list[str]:
 
 def _out_of_order(group: Group) -> list[str]:
     """Return a sentence for each method whose perplexity falls where its bits do."""
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     series: dict[tuple[str, int | None], list[tuple[float, float, Row]]] = defaultdict(list)
     for row in group.rows if protocol is not None else ():
         value = row.get("perplexity", protocol or "")

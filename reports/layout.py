@@ -25,20 +25,23 @@ TEMPLATES = Path(__file__).with_name("templates")
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?")
 """What a text may begin with; `figureOf` of `templates/tables.js` reads the same."""
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and line ends, and those that change the direction of text."""
+
 UNBROKEN = 20
 """Letters of a word that stand on one line in a head or a label."""
 
 
 def html_page(template: str, svg: Mapping[str, str], **context: Any) -> str:
     """Return `template` filled with `context`; `svg` are its figures by name, trusted as markup."""
-    return (
+    return _printable(
         _html_environment()
         .get_template(template)
         .render(
             **context,
             style=_trusted("style.css"),
             script=_trusted("tables.js"),
-            svg={name: Markup(drawing) for name, drawing in svg.items()},
+            svg={name: Markup(drawing) for name, drawing in svg.items()},  # nosec B704  # our own
         )
     )
 
@@ -46,7 +49,12 @@ def html_page(template: str, svg: Mapping[str, str], **context: Any) -> str:
 def markdown_page(template: str, **context: Any) -> str:
     """Return `template` filled with `context`, every text escaped."""
     text = _markdown_environment().get_template(template).render(**context)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", _printable(text)).strip() + "\n"
+
+
+def _printable(page: str) -> str:
+    """Return `page` without what acts on a terminal that shows it, or turns its words around."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
 @cache
@@ -70,11 +78,11 @@ def _markdown_environment() -> Environment:
 @cache
 def _trusted(name: str) -> Markup:
     """Return a style sheet or a script of the project's own, read once for all pages."""
-    return Markup((TEMPLATES / name).read_text())
+    return Markup((TEMPLATES / name).read_text())  # nosec B704  # a file of the project
 
 
 def _environment(**options: Any) -> Environment:
-    environment = Environment(
+    environment = Environment(  # nosec B701  # on for HTML; Markdown has its own escapes
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -97,8 +105,9 @@ def _breakable(text: object) -> Markup:
 def _broken(text: str) -> Markup:
     # A page says the same names over and over.
     if max(map(len, text.split()), default=0) <= UNBROKEN:
-        return Markup(escape(text))
-    return Markup(re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(text)))
+        return Markup(escape(text))  # nosec B704
+    broken = re.sub(r"(_|/|::|\.(?=[a-z]))", r"\1<wbr>", escape(text))
+    return Markup(broken)  # nosec B704  # escaped, and breaks of ours
 
 
 def _sortable(
@@ -116,7 +125,7 @@ def _sortable(
     if begins and (not exact or float(begins[0].replace(",", "")) == float(number)):
         return Markup()
     spelled = number.replace("inf", "Infinity").replace("nan", "NaN")
-    return Markup(f' data-value="{spelled}"')
+    return Markup(f' data-value="{spelled}"')  # nosec B704  # a number
 
 
 def _escape_markdown(value: object) -> object:
@@ -137,11 +146,12 @@ def _code(value: object) -> Markup:
     """Return `value` as inline code that may stand in a table."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`")
+    # Within more backticks than it has itself, Markdown shows every text as it is.
+    return Markup(f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`")  # nosec B704
 
 
 def _fenced(value: object) -> Markup:
     """Return `value` as a block of code."""
     text = str(value)
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{ticks}\n{text}\n{ticks}")
+    return Markup(f"{ticks}\n{text}\n{ticks}")  # nosec B704  # as in `_code`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.record import Failure, Record
@@ -25,6 +25,10 @@ from reports.tasks import hierarchy
 
 FIGURES = ("artefact_bytes", "peak_memory_bytes", "decode_tokens_per_second")
 """What quality is drawn against."""
+
+MOST_DETAILED = 300
+"""Rows of a group above which only its summary lists them all: the other tables would make a page
+of tens of megabytes, and the same figures stand on the pages of the cells and in the data files."""
 
 LEFT_TO_SCRIPT, MANY_ROWS = frozenset({"peak_memory_bytes"}), 60
 """Figures that only the page's own chart draws in groups of many rows: each weighs by its rows."""
@@ -79,7 +83,7 @@ class FigureSpec:
 
 @dataclass(frozen=True)
 class Section:
-    """Everything shown of one group."""
+    """Everything shown of one group; not `detailed`, it lists its rows in the summary alone."""
 
     group: Group
     slug: str
@@ -87,6 +91,7 @@ class Section:
     evidence: tuple[Evidence, ...]
     evidence_legend: tuple[str, ...]
     repeated: bool
+    detailed: bool
     failed: tuple[Row, ...]
     figures: tuple[FigureSpec, ...]
     findings: tuple[Finding, ...]
@@ -191,20 +196,16 @@ def _section(group: Group, taken: set[str]) -> Section:
             figures.append(
                 FigureSpec(drawn, f"{drawn.quality.split('_')[0]}-{metric.split('_')[0]}-{slug}")
             )
-    details = [
-        Detail(title, detail_table(group, families, first)) for title, families, first in DETAILS
-    ]
-    known = {name for _, families, _ in DETAILS for name in families}
-    found = {family(value) for row in group.rows for value in row.values.values()}
-    details.append(Detail("Other figures", detail_table(group, found - known)))
+    detailed = len(group.rows) <= MOST_DETAILED
     answers = tuple(findings(group))
     return Section(
         group=group,
         slug=slug,
         table=summary_table(group),
-        evidence=tuple(evidence(group)),
+        evidence=tuple(evidence(group, detailed)),
         evidence_legend=legend(group),
         repeated=any(row.repetitions for row in group.measured),
+        detailed=detailed,
         failed=tuple(row for row in group.rows if not row.measured),
         figures=tuple(figures),
         findings=answers,
@@ -212,8 +213,8 @@ def _section(group: Group, taken: set[str]) -> Section:
         warnings=tuple(warnings(group)),
         engines=tuple(engine_tables(group)),
         blocks=named(group_blocks(group), slug),
-        details=tuple(detail for detail in details if detail.table.columns),
-        parts=tuple(parts(group)),
+        details=tuple(_details(group)) if detailed else (),
+        parts=tuple(parts(group)) if detailed else (),
         prompts=tuple(sections.prompts(group)),
         kernels=tuple(sections.kernel_lines(group)),
         coverages=tuple(sections.coverages(group)),
@@ -222,6 +223,15 @@ def _section(group: Group, taken: set[str]) -> Section:
         calibrations=tuple(sections.calibrations(group)),
         models=tuple(sections.models(group)),
     )
+
+
+def _details(group: Group) -> Iterator[Detail]:
+    known = {name for _, families, _ in DETAILS for name in families}
+    found = {family(value) for row in group.rows for value in row.values.values()}
+    for title, families, first in (*DETAILS, ("Other figures", found - known, ())):
+        shown = detail_table(group, families, first)
+        if shown.columns:
+            yield Detail(title, shown)
 
 
 def rules(found: Iterable[Finding]) -> list[tuple[str, str]]:

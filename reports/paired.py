@@ -16,7 +16,7 @@ from typing import TypeGuard
 
 from reports import stats, words
 from reports.bootstrap import FEWEST
-from reports.rows import Group, Row, axes_label, main_protocol
+from reports.rows import Group, Row, axes_label
 from reports.stats import Comparison
 from reports.verdicts import pair
 
@@ -65,7 +65,7 @@ class Alike:
 
 def compare(group: Group) -> list[Alike]:
     """Return the comparisons that the perplexities of `group` allow, most bits first."""
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     if protocol is None:
         return []
     sets: dict[tuple[float, int], list[Row]] = defaultdict(list)

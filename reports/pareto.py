@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from harness.record import Value
 from reports import words
-from reports.rows import Group, Row, main_protocol
+from reports.rows import Group, Row
 
 NO_DISTANCE = 1e-9
 """1 - cosine below which two vectors are the same."""
@@ -48,11 +48,11 @@ class Plane:
 
 def plane(group: Group, metric: str) -> Plane | None:
     """Return quality against `metric` for the rows of `group`, None where fewer than two."""
-    protocol = main_protocol(group.rows, metric)
+    protocol = group.main_protocol(metric)
     name, measured = "perplexity", "perplexity"
-    if main_protocol(group.rows, measured) is None:
+    if group.main_protocol(measured) is None:
         name, measured = "embedding_distance", "embedding_cosine"
-    quality = main_protocol(group.rows, measured)
+    quality = group.main_protocol(measured)
     if protocol is None or quality is None:
         return None
     pairs: list[tuple[Row, Value, Value]] = []

@@ -16,9 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from reports import words
+from reports import entries, words
 from reports.blocks import Block, Field, Grid, Head, number, share
 from reports.rows import Group, Row, machine, main_protocol, mapping, sequence
 
@@ -28,7 +26,15 @@ BATCH_1 = "_batch1"
 SMALL_BYTES = 100e6
 """Weights below it may stay in the caches of a large card, which hold tens of megabytes."""
 
+MOST_ROWS, LISTED = 300, 60
+"""Rows that the table has; of more so many are listed."""
+
 _FIELDS = ("name", "gigabytes_per_second", "memory_gigabytes", "source")
+_KINDS = {
+    **dict.fromkeys(("name", "source"), entries.text),
+    "gigabytes_per_second": entries.number,
+    "memory_gigabytes": entries.several(entries.number),
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,18 @@ def cards() -> tuple[Card, ...]:
     Raises:
         ValueError: as `read_card`.
     """
-    text = Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8")
-    return tuple(map(read_card, yaml.safe_load(text)))
+    return read_cards(entries.read_yaml(Path(__file__).with_name("cards.yaml")))
+
+
+def read_cards(found: Any) -> tuple[Card, ...]:
+    """Return what the content of `cards.yaml` says.
+
+    Raises:
+        ValueError: as `read_card`.
+    """
+    if not entries.several(entries.mapping)(found):
+        raise ValueError("cards.yaml is no list of cards")
+    return tuple(map(read_card, found))
 
 
 def read_card(entry: Mapping[str, Any]) -> Card:
@@ -103,6 +119,7 @@ def read_card(entry: Mapping[str, Any]) -> Card:
     name = f"cards.yaml: {entry.get('name', 'a card')}"
     if wrong := sorted(set(entry) ^ set(_FIELDS)):
         raise ValueError(f"{name} lacks, or has beside the known fields: {', '.join(wrong)}")
+    entries.check_entry(entry, name, _KINDS)
     sizes = entry["memory_gigabytes"]
     if not sizes or min(entry["gigabytes_per_second"], *sizes) <= 0:
         raise ValueError(f"{name} needs a bandwidth and sizes of memory above 0")
@@ -133,8 +150,8 @@ def projection_blocks(group: Group) -> list[Block]:
     return [
         Block(
             "Decode speed projected to other cards",
-            sentences=tuple(_sentences(found)),
-            grids=(_speeds(found, here), _sources()),
+            sentences=(*_sentences(found), *_left_out(found)),
+            grids=(_speeds(_listed(found), here), _sources()),
             legend=LEGEND,
         )
     ]
@@ -219,6 +236,22 @@ def _sentences(found: Sequence[Projection]) -> list[str]:
             f"of {words.figure('tokens_per_second', best.here or 0)})."
         )
     return said
+
+
+def _listed(found: Sequence[Projection]) -> Sequence[Projection]:
+    """Return what the table lists: all, or of very many those that read the fewest bytes."""
+    if len(found) <= MOST_ROWS:
+        return found
+    least = sorted(one.read for one in found)[LISTED - 1]
+    return [one for one in found if one.read <= least][:LISTED]
+
+
+def _left_out(found: Sequence[Projection]) -> list[str]:
+    if len(found) <= MOST_ROWS:
+        return []
+    return [
+        f"Listed are {LISTED} of {len(found):,} rows, those that read the fewest bytes a token."
+    ]
 
 
 def _some(labels: Sequence[str], most: int = 4) -> str:

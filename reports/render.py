@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.record import Record, read_records
+from harness.temporary import temporary_beside
 from reports import comparisons, contents, table, words
 from reports.addresses import CELLS
 from reports.cells import cell_files
@@ -25,9 +26,12 @@ from reports.drawing.palette import Drawing
 from reports.drawing.pictures import is_scene
 from reports.engines import KL_TOLERANCES, PERPLEXITY_TOLERANCE
 from reports.layout import html_page, markdown_page
-from reports.page import Page, main_kernel, make_page
+from reports.page import MOST_DETAILED, Page, main_kernel, make_page
 
 FOLDER = "report"
+MOST_COMMANDS = 1000
+"""Cells of a report above which it does not repeat the command of each."""
+
 MOST_THREADS = 4
 """Drawings at once: each holds a large picture."""
 
@@ -43,6 +47,11 @@ SUMMARY_LEGEND = (
     "samples say of it against the baseline (see Verdicts). Below a figure: the row over the "
     "baseline (×), or the change of a perplexity in percent or of a task score in points. Speed "
     "is compared only where the baseline was timed in turns with the row in one process."
+)
+BEYOND_LEGEND = (
+    f"With more than {MOST_DETAILED} rows, a group has this table of them alone. What others would "
+    "show stands on the page of each cell, which its name leads to, in results.csv and in "
+    "values.parquet; the tests stand in comparisons.csv."
 )
 REPEATS_LEGEND = (
     "A row of several repetitions shows means; ± is the 95 % t interval of the mean over them, s "
@@ -143,27 +152,17 @@ def write_pages(
     page = make_page(records, problems, repeat)
     drawn = drawings(page)
     figures = {f"{name}.png": drawing.png for name, drawing in drawn.items()}
-    files = {
-        **figures,
-        "results.csv": table.results_csv(page.rows),
-        "results.parquet": table.results_parquet(page.rows),
-        "values.parquet": table.values_parquet(page.rows),
-        "comparisons.csv": comparisons.comparisons_csv(page.groups),
-        "comparisons.parquet": comparisons.comparisons_parquet(page.groups),
-        "report.md": markdown(page).encode(),
-        "report.html": html(page, drawn).encode(),
-        **cell_files(page),
-        **audit_files(page),
-    }
-    for name, content in files.items():
+    written = set()
+    for name, content in _files(page, drawn):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _write(folder / name, content)
+        written.add(name)
     for old in (folder / CELLS).glob("*.html"):
-        if f"{CELLS}/{old.name}" not in files:
-            old.unlink()
+        if f"{CELLS}/{old.name}" not in written:
+            old.unlink(missing_ok=True)
     for old in folder.glob("*.png"):
         if old.name.startswith(FIGURE_PREFIXES) and old.name not in figures:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return ReportPaths(
         folder=folder,
         html=folder / "report.html",
@@ -177,12 +176,30 @@ def write_pages(
     )
 
 
+def _files(page: Page, drawn: Mapping[str, Drawing]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of every file, pages of cells first: they need the most room.
+
+    What links to them is made before anything is written, and written when they are there.
+    """
+    main = {"report.md": markdown(page).encode(), "report.html": html(page, drawn).encode()}
+    yield from cell_files(page)
+    yield from audit_files(page).items()
+    for name, drawing in drawn.items():
+        yield f"{name}.png", drawing.png
+    yield "results.csv", table.results_csv(page.rows)
+    yield "results.parquet", table.results_parquet(page.rows)
+    yield "values.parquet", table.values_parquet(page.rows)
+    yield "comparisons.csv", comparisons.comparisons_csv(page.groups)
+    yield "comparisons.parquet", comparisons.comparisons_parquet(page.groups)
+    yield from main.items()
+
+
 def _write(path: Path, content: bytes) -> None:
     """Write a file of a report, which a reader sees whole or as it was.
 
     A report can be made again, so its hundreds of pages do not wait for the disk as records do.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -204,7 +221,7 @@ def drawings(page: Page) -> dict[str, Drawing]:
     return {**{name: future.result() for name, future in drawn.items()}, **charts}
 
 
-def html(page: Page, drawn: dict[str, Drawing]) -> str:
+def html(page: Page, drawn: Mapping[str, Drawing]) -> str:
     """Return the HTML page; `drawn` are its `drawings`."""
     svg = {name: drawing.svg for name, drawing in drawn.items()}
     return html_page("report.html.jinja", svg, **_context(page))
@@ -227,6 +244,8 @@ def _context(page: Page) -> dict[str, Any]:
         "reading": words.READING,
         "engines_legend": ENGINES_LEGEND,
         "summary_legend": SUMMARY_LEGEND,
+        "beyond_legend": BEYOND_LEGEND,
+        "most_commands": MOST_COMMANDS,
         "repeats_legend": REPEATS_LEGEND,
         "tasks_legend": TASKS_LEGEND,
         "parts_legend": PARTS_LEGEND,

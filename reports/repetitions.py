@@ -24,7 +24,7 @@ from typing import Any
 
 from harness.record import Value
 from reports import stats, words
-from reports.rows import QUALITY, STATES, Row, Spread, family, mapping, model_identity
+from reports.rows import QUALITY, STATES, Row, Spread, family, mapping
 from reports.tasks import questions
 
 MODES = ("seed", "calibration", "none")
@@ -60,7 +60,7 @@ def _key(row: Row, repeat: str | None) -> str:
     if mode == "calibration" and isinstance(nodes["data"], dict):
         nodes["data"].pop("calibration", None)
     axes = [row.record.config.get(name) for name in _AXES]
-    identity = [mode, row.random_weights, model_identity(row), axes, nodes]
+    identity = [mode, row.random_weights, row.model_identity, axes, nodes]
     return json.dumps(identity, sort_keys=True, default=str)
 
 

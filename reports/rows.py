@@ -169,7 +169,7 @@ class Row:
             or mapping(self.record.details.get("model")).get("random_weights")
         )
 
-    @property
+    @cached_property
     def is_baseline(self) -> bool:
         """Whether the others of its group are compared with this row."""
         if not self.plain_method or self.plain_method != self.record.config.get("baseline"):
@@ -191,6 +191,12 @@ class Row:
         A task may have a score of the same name: lambada's perplexity is not that of a text.
         """
         return list(self._by_metric.get(metric, ()))
+
+    @cached_property
+    def model_identity(self) -> str:
+        """The commit or digest of its model, empty where the record has none."""
+        facts = mapping(self.record.details.get("model"))
+        return str(facts.get("commit") or facts.get("sha256") or facts.get("digest") or "")
 
     @cached_property
     def _by_metric(self) -> Mapping[str, list[Value]]:
@@ -228,16 +234,28 @@ class Group:
         """The rows the others are compared with (one a suite)."""
         return tuple(row for row in self.measured if row.is_baseline)
 
+    def main_protocol(self, metric: str) -> str | None:
+        """Return what `main_protocol` says of the rows, which are asked once."""
+        if metric not in self._main_protocols:
+            self._main_protocols[metric] = main_protocol(self.rows, metric)
+        return self._main_protocols[metric]
+
+    @cached_property
+    def _main_protocols(self) -> dict[str, str | None]:
+        return {}
+
     def baseline_of(self, row: Row, metric: str, protocol: str) -> Row | None:
         """Return the baseline that `row` is compared with in `metric` under `protocol`.
 
         A baseline of another version of the model is no baseline; one of the same suite goes first.
         """
-        wanted = model_identity(row)
-        for baseline in sorted(self.baselines, key=lambda b: b.suite != row.suite):
-            if (metric, protocol) in baseline.values and model_identity(baseline) in (wanted, ""):
-                return baseline
-        return None
+        found = [
+            baseline
+            for baseline in self.baselines
+            if (metric, protocol) in baseline.values
+            and baseline.model_identity in (row.model_identity, "")
+        ]
+        return min(found, key=lambda baseline: baseline.suite != row.suite, default=None)
 
     def baseline_value(self, row: Row, metric: str, protocol: str) -> Value | None:
         """Return the baseline's value that `row` is compared with: same metric, same protocol."""
@@ -254,12 +272,6 @@ def main_protocol(rows: Iterable[Row], metric: str) -> str | None:
     if not found:
         return None
     return min(found, key=lambda protocol: (-found[protocol], words.natural(protocol)))
-
-
-def model_identity(row: Row) -> str:
-    """Return the commit or digest of the row's model, empty where the record has none."""
-    facts = mapping(row.record.details.get("model"))
-    return str(facts.get("commit") or facts.get("sha256") or facts.get("digest") or "")
 
 
 def kernels(row: Row) -> list[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from reports import words
 from reports.blocks import Block, Curves, Field, Grid, Head, Line, number, plain
-from reports.rows import Group, Row, main_protocol, mapping, sequence
+from reports.rows import Group, Row, mapping, sequence
 from reports.rows import number as figure
 
 UNTRAINED = {"bitnet": "bitnet"}
@@ -76,7 +76,7 @@ def training_blocks(group: Group) -> list[Block]:
 
 def recovery(group: Group, row: Row) -> Recovery | None:
     """Return how much of the untrained row's loss `row` recovered, None where it cannot be told."""
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     own = row.get("perplexity", protocol) if protocol else None
     if protocol is None or own is None:
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from reports import words
 from reports.diff.match import Pair, settings
-from reports.rows import Row, kernels, mapping, model_identity, number
+from reports.rows import Row, kernels, mapping, number
 
 MACHINE = ("cpu", "gpu", "cores", "threads", "device")
 """What makes a machine: where one of these differs, no speed is the software's alone."""
@@ -171,7 +171,7 @@ def _software(row: Row) -> dict[str, str]:
 
 
 def _model(row: Row) -> dict[str, str]:
-    own = _digest(model_identity(row))
+    own = _digest(row.model_identity)
     reference = mapping(mapping(row.record.details.get("model")).get("reference"))
     other = _digest(reference.get("commit") or reference.get("sha256") or reference.get("digest"))
     return {

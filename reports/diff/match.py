@@ -30,10 +30,15 @@ PLACES = frozenset(
     {
         *("model.path", "model.revision", "model.reference", "model.tokenizer"),
         *("data.path", "data.revision", "data.tasks"),
+        # A name alone: where a cell was measured stands in its environment.
+        "hardware.machine",
     }
 )
 LIMITS = frozenset({"hardware.memory_limit_bytes", "hardware.time_limit_seconds"})
 """They decide whether there is a figure, not which."""
+
+HANDED_OUT = "hardware.launch."
+"""How a launcher was told to run a cell, which decides when there is a figure."""
 
 Options = Mapping[str, str]
 
@@ -112,7 +117,11 @@ def settings(record: Record) -> dict[str, str]:
         found |= _flat(resolved.get(name), name)
     found |= {name: str(resolved[name]) for name in PLAIN if name in resolved}
     found |= {name: str(config.get(name)) for name in WIDTHS}
-    return {key: value for key, value in found.items() if key not in PLACES | LIMITS}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in PLACES | LIMITS and not key.startswith(HANDED_OUT)
+    }
 
 
 def _asked(row: Row, known: frozenset[str]) -> Options:

@@ -13,9 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from reports import words
+from reports import entries, words
 from reports.blocks import Block, Field, Grid, Head
 from reports.rows import Row
 
@@ -40,6 +38,15 @@ GGUF = "gguf"
 _TREE = ("id", "document", "section", "title", "entries")
 _ENTRY = ("when", "advice", "original", "note", "command")
 _NEEDED = ("when", "advice", "original")
+_OF_TREE: dict[str, entries.Kind] = {
+    **dict.fromkeys(("id", "document", "section", "title"), entries.text),
+    "entries": entries.several(entries.mapping),
+}
+_OF_ENTRY: dict[str, entries.Kind] = {
+    **dict.fromkeys(("original", "note", "command"), entries.text),
+    "when": entries.mapping,
+    "advice": entries.several(entries.text),
+}
 
 
 @dataclass(frozen=True)
@@ -154,8 +161,18 @@ def advice() -> tuple[Advice, ...]:
     Raises:
         ValueError: as `read_tree`.
     """
-    text = (Path(__file__).parents[1] / "advice.yaml").read_text(encoding="utf-8")
-    return tuple(one for tree in yaml.safe_load(text) for one in read_tree(tree))
+    return read_trees(entries.read_yaml(Path(__file__).parents[1] / "advice.yaml"))
+
+
+def read_trees(found: Any) -> tuple[Advice, ...]:
+    """Return what the content of `advice.yaml` says.
+
+    Raises:
+        ValueError: as `read_tree`.
+    """
+    if not entries.several(entries.mapping)(found):
+        raise ValueError("advice.yaml is no list of trees")
+    return tuple(one for tree in found for one in read_tree(tree))
 
 
 def read_tree(tree: Mapping[str, Any]) -> list[Advice]:
@@ -168,6 +185,7 @@ def read_tree(tree: Mapping[str, Any]) -> list[Advice]:
     name = f"advice.yaml: {tree.get('id', 'a tree')}"
     if wrong := sorted(set(tree) ^ set(_TREE)):
         raise ValueError(f"{name} lacks, or has beside the known fields: {', '.join(wrong)}")
+    entries.check_entry(tree, name, _OF_TREE)
     if tree["document"] not in DOCUMENTS:
         raise ValueError(f"{name} names no document: {tree['document']}")
     return [_branch(tree, entry, number) for number, entry in enumerate(tree["entries"], 1)]
@@ -237,17 +255,19 @@ def _branch(tree: Mapping[str, Any], entry: Mapping[str, Any], number: int) -> A
     where = f"advice.yaml: {name}"
     if wrong := sorted(set(entry) - set(_ENTRY)):
         raise ValueError(f"{where} has unknown fields: {', '.join(wrong)}")
+    entries.check_entry(entry, where, _OF_ENTRY)
     if missing := [
         key for key in _NEEDED if key not in entry or (key != "when" and not entry[key])
     ]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     for key, value in entry["when"].items():
         if key in BOUNDS:
-            known = isinstance(value, int | float) and value > 0
+            known = entries.number(value) and value > 0
         else:
             known = set(_several(value)) <= set(VOCABULARY.get(key, ()))
         if not known:
-            raise ValueError(f"{where} has no such condition: {key} {value}")
+            said = value if isinstance(value, str) else entries.short(value)
+            raise ValueError(f"{where} has no such condition: {key} {said:.60}")
     picks = tuple(_pick(words_, where) for words_ in entry["advice"])
     command = entry.get("command") or _command(picks, entry["when"])
     return Advice(

@@ -24,7 +24,7 @@ from reports.documents.evidence import (
     Verdict,
 )
 from reports.jobs import title_of
-from reports.rows import Group, Row, axes_label, main_protocol, mapping, sequence
+from reports.rows import Group, Row, axes_label, mapping, sequence
 from reports.rows import number as figure
 from reports.sensitivity import edges
 from reports.training import training_of
@@ -55,7 +55,7 @@ def subjects(evidence: Evidence) -> set[str]:
 
 def increase(group: Group, row: Row) -> float | None:
     """Return the relative increase of the row's perplexity over the baseline's, if measured."""
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     value = row.get("perplexity", protocol) if protocol else None
     base = group.baseline_value(row, "perplexity", protocol) if protocol else None
     if value is None or base is None or not base.value > 0:
@@ -64,7 +64,7 @@ def increase(group: Group, row: Row) -> float | None:
 
 
 def _figure(group: Group, row: Row, metric: str) -> float | None:
-    protocol = main_protocol(group.rows, metric)
+    protocol = group.main_protocol(metric)
     value = row.get(metric, protocol) if protocol else None
     return None if value is None else value.value
 

@@ -29,7 +29,7 @@ from reports.documents.evidence import (
 )
 from reports.documents.facts import SIZE, SPEED, UNITS, Fact, Ours
 from reports.protocols import screening
-from reports.rows import Group, Row, family, machine, main_protocol, mapping
+from reports.rows import Group, Row, family, machine, mapping
 
 NOT_HERE = "not measured here"
 
@@ -97,24 +97,19 @@ class Rows:
 
     def __init__(self, evidence: Evidence) -> None:
         self._found: dict[tuple[Any, Any], list[tuple[Group, Row]]] = {}
-        self._protocols: dict[tuple[Group, str], str | None] = {}
+        self._saying: dict[str, list[tuple[Group, Row]]] = {}
         for group, row in evidence.rows:
             for key in product((row.model, None), (row.plain_method, None)):
                 self._found.setdefault(key, []).append((group, row))
 
-    def saying(self, where: Mapping[str, Any]) -> Iterator[tuple[Group, Row]]:
-        """Return the rows whose records say all of `where`."""
-        rest = {key: value for key, value in where.items() if key not in ("model", "method")}
-        for group, row in self._found.get((where.get("model"), where.get("method")), ()):
-            if says(row, rest):
-                yield group, row
-
-    def main_protocol(self, group: Group, metric: str) -> str | None:
-        """Return the protocol that most rows of the group measured `metric` by."""
-        key = (group, metric)
-        if key not in self._protocols:
-            self._protocols[key] = main_protocol(group.rows, metric)
-        return self._protocols[key]
+    def saying(self, where: Mapping[str, Any]) -> list[tuple[Group, Row]]:
+        """Return the rows whose records say all of `where`; facts ask the same again and again."""
+        asked = repr(sorted(where.items()))
+        if asked not in self._saying:
+            rest = {key: value for key, value in where.items() if key not in ("model", "method")}
+            rows = self._found.get((where.get("model"), where.get("method")), ())
+            self._saying[asked] = [(group, row) for group, row in rows if says(row, rest)]
+        return self._saying[asked]
 
 
 def answer(fact: Fact, rows: Rows) -> Answer:
@@ -191,7 +186,7 @@ def _compares(fact: Fact) -> bool:
 def _figures(fact: Fact, ours: Ours, where: Mapping[str, Any], rows: Rows) -> Iterator[Figure]:
     """Return the figure of every row that says all of `where`."""
     for group, row in rows.saying(where):
-        main = rows.main_protocol(group, ours.metric)
+        main = group.main_protocol(ours.metric)
         protocol = _protocol(fact, ours, main, row)
         value = row.get(ours.metric, protocol) if protocol else None
         found = None if value is None else _formed(ours, rows, row, value)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
+from reports import entries
 
 FORMS = ("value", "ratio", "increase", "share")
 """How a row's figure answers: itself, the other row's over it, its growth over that, it over that.
@@ -175,6 +175,26 @@ _OWN = tuple(f.name for f in fields(Fact) if f.name != "table")
 _TABLE = ("id", "document", "section", "title", "facts")
 _DEFAULTS: dict[str, Any] = {"relation": "="}
 
+_WHOLE = {"documents": entries.by_name(entries.mapping), "tables": entries.several(entries.mapping)}
+_OF_TABLE: dict[str, entries.Kind] = {
+    **dict.fromkeys(("id", "document", "section", "title"), entries.text),
+    "facts": entries.several(entries.mapping),
+}
+_FACT: dict[str, entries.Kind] = {
+    **dict.fromkeys(_OWN, entries.optional(entries.text)),
+    **dict.fromkeys(("value", "to"), entries.optional(entries.number)),
+    "ours": entries.optional(entries.mapping),
+}
+_OURS: dict[str, entries.Kind] = {
+    **dict.fromkeys(("metric", "form"), entries.text),
+    "protocol": entries.optional(entries.text),
+    "over": entries.optional(entries.by_name(entries.scalar)),
+}
+_PUBLISHED: dict[str, entries.Kind] = {
+    **dict.fromkeys(("quantity", "unit", "protocol", "source"), entries.text),
+    "value": entries.number,
+}
+
 
 @cache
 def documents() -> Documents:
@@ -185,26 +205,41 @@ def documents() -> Documents:
             sentence names the entry.
     """
     here = Path(__file__).parents[1]
-    found = _read(here / "documents.yaml")
-    titles = {
-        name: f"{about['title']} ({about['file']})" for name, about in found["documents"].items()
-    }
+    return read_documents(
+        entries.read_yaml(here / "documents.yaml"), entries.read_yaml(here / "published.yaml")
+    )
+
+
+def read_documents(found: Any, elsewhere: Any) -> Documents:
+    """Return what the content of `documents.yaml` and of `published.yaml` says.
+
+    Raises:
+        ValueError: as `documents`.
+    """
+    entries.check_entry(found, "documents.yaml", _WHOLE)
+    if missing := [key for key in _WHOLE if key not in found]:
+        raise ValueError(f"documents.yaml lacks {', '.join(missing)}")
+    titles = {name: _title(name, about) for name, about in found["documents"].items()}
     tables = tuple(read_table(entry, titles) for entry in found["tables"])
     every = [fact.id for table in tables for fact in table.facts]
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
         raise ValueError(f"documents.yaml: more than one fact is called {', '.join(twice)}")
     published: dict[str, tuple[Published, ...]] = {}
-    for entry in _read(here / "published.yaml"):
+    if not entries.several(entries.mapping)(elsewhere):
+        raise ValueError("published.yaml is no list of entries")
+    for entry in elsewhere:
         one = read_published(entry)
         published[one.quantity] = (*published.get(one.quantity, ()), one)
     return Documents(MappingProxyType(titles), tables, MappingProxyType(published))
 
 
-def _read(path: Path) -> Any:
-    # libyaml's parser, where PyYAML was built with it, takes a tenth of the seconds.
-    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+def _title(name: str, about: Mapping[str, Any]) -> str:
+    where = f"documents.yaml: {name}"
+    entries.check_entry(about, where, dict.fromkeys(("title", "file"), entries.text))
+    if not about.get("title") or not about.get("file"):
+        raise ValueError(f"{where} lacks its title or its file")
+    return f"{about['title']} ({about['file']})"
 
 
 def read_table(entry: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
@@ -216,6 +251,7 @@ def read_table(entry: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
     name = str(entry.get("id"))
     if missing := [key for key in _TABLE if key not in entry]:
         raise ValueError(f"documents.yaml: the table {name} lacks {', '.join(missing)}")
+    entries.check_entry(entry, f"documents.yaml: the table {name}", _OF_TABLE)
     if entry["document"] not in titles:
         raise ValueError(f"documents.yaml: {name} names no document: {entry['document']}")
     shared = {key: value for key, value in entry.items() if key not in _TABLE}
@@ -233,6 +269,7 @@ def read_published(entry: Mapping[str, Any]) -> Published:
     wanted = {f.name for f in fields(Published)}
     if wrong := sorted(wanted ^ set(entry)):
         raise ValueError(f"published.yaml: {entry.get('quantity')} lacks or has no {wrong[0]}")
+    entries.check_entry(entry, f"published.yaml: {entry['quantity']}", _PUBLISHED)
     return Published(**entry)
 
 
@@ -240,6 +277,10 @@ def _joined(shared: Mapping[str, Any], fact: Mapping[str, Any]) -> dict[str, Any
     """Return a fact with its table's defaults; `ours` of the table completes that of a fact."""
     ours = fact.get("ours")
     if ours is not None:
+        for one in (ours, shared.get("ours", {})):
+            entries.check_entry(one, f"documents.yaml: ours of {fact.get('id')}", _OURS)
+            if not all(map(entries.scalar, {**one, "over": None}.values())):
+                raise ValueError(f"documents.yaml: ours of {fact.get('id')} names no single row")
         ours = {**shared.get("ours", {}), **ours}
     return {**_DEFAULTS, **shared, **fact, "ours": ours}
 
@@ -248,6 +289,7 @@ def _fact(entry: Mapping[str, Any], table: Table) -> Fact:
     name = f"documents.yaml: {entry.get('id', f'a fact of {table.id}')}"
     if wrong := sorted(set(entry) - set(_OWN)):
         raise ValueError(f"{name} has unknown fields: {', '.join(wrong)}")
+    entries.check_entry(entry, name, _FACT)
     if missing := [key for key in ("id", "original", "command") if not entry.get(key)]:
         raise ValueError(f"{name} lacks {', '.join(missing)}")
     if not entry.get("says") and not (entry.get("row") and entry.get("column")):

@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from reports import words
+from reports import entries, words
 from reports.blocks import Block, Field, Grid, Head
 
 NO_CODE = "no code"
@@ -35,14 +33,71 @@ LEGEND = (
 
 @cache
 def _outcomes() -> Mapping[str, Any]:
-    path = Path(__file__).parents[1] / "listings.yaml"
-    found: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return found
+    return read_outcomes(entries.read_yaml(Path(__file__).parents[1] / "listings.yaml"))
+
+
+def read_outcomes(found: Any) -> Mapping[str, Any]:
+    """Return the content of `listings.yaml`, held against what is shown of it.
+
+    Raises:
+        ValueError: an entry lacks a field or has one of another kind; the sentence names both.
+    """
+    _check(found, "listings.yaml", _WHOLE)
+    for one in found["listings"]:
+        where = f"listings.yaml: {one.get('id')}"
+        _check(one, where, _LISTING)
+        runs = [one] if one["legacy"] is None else [one, one["legacy"]]
+        for seen in runs:
+            _check(seen, where, _RUNS)
+            ends = [] if seen["as_printed"] is None else [seen["as_printed"]]
+            for ended in [*ends, *seen["with_surroundings"]]:
+                _check(ended, f"{where}: a run", {"exit": _ENDED["exit"]})
+                entries.check_entry(ended, f"{where}: a run", _ENDED)
+                if ended["exit"] != 0 and "message" not in ended:
+                    raise ValueError(f"{where}: a run that failed has no message")
+                if ("line" in ended) != ("quote" in ended):
+                    raise ValueError(f"{where}: a run has a line without its words")
+    outcomes: Mapping[str, Any] = found
+    return outcomes
+
+
+def _check(found: Any, where: str, kinds: Mapping[str, entries.Kind]) -> None:
+    entries.check_entry(found, where, kinds)
+    if missing := [key for key in kinds if key not in found]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+_WHOLE: dict[str, entries.Kind] = {
+    "seen": entries.scalar,
+    **dict.fromkeys(("versions", "legacy_versions"), entries.by_name(entries.scalar)),
+    "listings": entries.several(entries.mapping),
+}
+_LISTING: dict[str, entries.Kind] = {
+    **dict.fromkeys(("id", "section", "what", "wants", "why"), entries.text),
+    **dict.fromkeys(("not_run", "instead"), entries.optional(entries.text)),
+    "verdict": lambda found: found in VERDICTS,
+    "legacy": entries.optional(entries.mapping),
+}
+_RUNS: dict[str, entries.Kind] = {
+    "as_printed": entries.optional(entries.mapping),
+    "with_surroundings": entries.several(entries.mapping),
+}
+_ENDED: dict[str, entries.Kind] = {
+    "exit": entries.optional(entries.number),
+    **dict.fromkeys(("exception", "message", "quote"), entries.text),
+    "line": entries.number,
+    "found": entries.by_name(entries.scalar),
+    **dict.fromkeys(("beside", "changes"), entries.several(entries.text)),
+}
 
 
 def listings_blocks() -> list[Block]:
     """Return the block of all listings: those with code, each of their runs, and the others."""
-    found = _outcomes()
+    return blocks_of(_outcomes())
+
+
+def blocks_of(found: Mapping[str, Any]) -> list[Block]:
+    """Return the block of what `read_outcomes` returned."""
     listings = found["listings"]
     code = [one for one in listings if one["verdict"] != NO_CODE]
     rest = [one for one in listings if one["verdict"] == NO_CODE]
@@ -136,7 +191,7 @@ def _where(one: Mapping[str, Any]) -> Field:
 
 
 def _ended(one: Mapping[str, Any]) -> str:
-    raised = one.get("found", {}).get("raised", "nothing")
+    raised = str(one.get("found", {}).get("raised", "nothing"))
     if raised != "nothing":
         return f"{_short(raised)} where it is used"
     if one["exit"] == 0:

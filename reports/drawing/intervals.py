@@ -51,9 +51,10 @@ def _picture(group: Group, column: Sequence[Judgement]) -> Intervals | None:
         chosen = sorted(shown, key=lambda one: abs(one.comparison.difference))[:DRAWN]
         caption += (
             f" Drawn are the {DRAWN} of {len(shown)} rows that are closest to the baseline; "
-            "the table of verdicts has all."
+            "comparisons.csv has all."
         )
-        shown = [one for one in shown if one in chosen]
+        drawn = {one.row.record.cell for one in chosen}
+        shown = [one for one in shown if one.row.record.cell in drawn]
     lines = tuple(_line(one, factor) for one in shown)
     worse = "left" if first.comparison.higher_is_better else "right"
     counts = words.count(len(lines), "row")

@@ -45,7 +45,7 @@ def multiple_blocks(group: Group) -> list[Block]:
         for method, members in sorted(chosen.items(), key=lambda item: words.natural(item[0]))
     )
     apart = [row for row in drawn if row.method not in chosen and _bits(row)]
-    left_out = [row for row in rows if row not in drawn]
+    left_out = [row for row in rows if not _drawable(row.values[found, protocol].value)]
     return [
         Block(
             "Bits and group size",

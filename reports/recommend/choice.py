@@ -18,7 +18,7 @@ from reports.bootstrap import FEWEST
 from reports.paired import LEVEL
 from reports.recommend.conditions import Conditions
 from reports.recommend.readings import Check, check, speed_note
-from reports.rows import Group, Row, main_protocol
+from reports.rows import Group, Row
 from reports.stats import Comparison, holm
 from reports.verdicts import pair
 
@@ -223,7 +223,7 @@ def _axes(group: Group, conditions: Conditions, rows: Sequence[Row]) -> Axes:
 
     def first(*metrics: str, lower: bool) -> Axis | None:
         for metric in metrics:
-            protocol = main_protocol(group.rows, metric)
+            protocol = group.main_protocol(metric)
             if protocol is not None and any(row.get(metric, protocol) for row in rows):
                 return Axis(metric, protocol, lower)
         return None

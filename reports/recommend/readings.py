@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from harness.record import Value
 from reports import protocols, words
 from reports.recommend.conditions import Limit, write, write_excess
-from reports.rows import Group, Row, main_protocol
+from reports.rows import Group, Row
 from reports.summary import NOISY_SPREAD, TASK_METRICS, absent, task_columns
 from reports.verdicts import judge
 
@@ -100,7 +100,7 @@ def speed_note(row: Row, protocol: str) -> str:
 def _plain(group: Group, row: Row, limit: Limit) -> Reading | str:
     figure = limit.figure
     for metric in figure.metrics:
-        protocol = main_protocol(group.rows, metric)
+        protocol = group.main_protocol(metric)
         value = None if protocol is None else row.get(metric, protocol)
         if value is None or protocol is None:
             continue
@@ -115,7 +115,7 @@ def _plain(group: Group, row: Row, limit: Limit) -> Reading | str:
 
 
 def _increase(group: Group, row: Row) -> Reading | str:
-    protocol = main_protocol(group.rows, "perplexity")
+    protocol = group.main_protocol("perplexity")
     value = None if protocol is None else row.get("perplexity", protocol)
     if value is None or protocol is None:
         return absent(row, "perplexity")
