@@ -4,19 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
+WORKERS ?= 2
 LEGACY := .venv-legacy
 LEGACY_PIP := $(LEGACY)/bin/python -m pip
 LEGACY_PINS := methods/legacy/constraints.txt
 
-.PHONY: bench test check format lint types imports gguf legacy-env gpu-check gpu-bench clean
+.PHONY: bench test check format lint types imports audit-code audit fuzz faults claims long fresh \
+	sweep-cost gguf legacy-env gpu-check gpu-bench clean
 
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
 
+# Files of tests side by side; each worker computes in one thread, cells in all that there are.
 test: $(TESTED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-check: format lint types imports test
+check: format lint types imports audit-code test
 
 format: $(TESTED)
 	$(BIN)/ruff format --check .
@@ -29,6 +32,39 @@ types: $(TESTED)
 
 imports: $(TESTED)
 	$(BIN)/lint-imports
+
+audit-code: $(TESTED)
+	$(BIN)/python -m tests.audit --code
+
+# The pinned libraries, too, where a vulnerability service can be reached.
+audit: $(TESTED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/python -m tests.audit
+
+# A million inputs for each reader: hours; TARGETS=record takes one alone.
+fuzz: $(TESTED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.run $(TARGETS)
+
+# Every fault in its long form, about an hour; SERIES=kill-child takes one alone.
+faults: $(TESTED)
+	$(BIN)/python -m tests.faults $(SERIES)
+
+# What docs/scaling.md says of claims and of long sweeps.
+claims: $(TESTED)
+	$(BIN)/python -m tests.claim_simulation --workers 64 --cells 2000
+
+long: $(TESTED)
+	$(BIN)/python -m tests.long_sweep --cells 5000
+
+# The README's two commands in a clean clone, as a user who is not root.
+fresh:
+	$(PYTHON) -m tests.fresh.run
+
+# A sweep beside lm-eval's command line: make sweep-cost MODEL=FOLDER DATA=FOLDER
+sweep-cost: $(TESTED)
+	$(BIN)/python -m tests.peers.sweep_cost --model $(MODEL) --data $(DATA) --out runs/cost \
+		--write benchmarks/cost/README.md
 
 # On a machine with a card: nothing is installed, $(PYTHON) has torch, cuda-core and pytest. Minutes
 # each. Every kernel for this card, then the tests; warnings of other versions of torch are shown only.

@@ -29,7 +29,8 @@ def test_the_driver_is_free_of_torch(module: str) -> None:
 def test_reports_are_free_of_torch() -> None:
     statement = (
         "import reports.render, reports.table, reports.closing, "
-        "reports.drawing.plots, reports.recommend.command, reports.diff.command"
+        "reports.drawing.plots, reports.recommend.command, reports.diff.command, "
+        "reports.track"
     )
     assert loaded_after(statement, ("torch", "transformers")) == []
 
