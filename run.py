@@ -5,7 +5,6 @@ One call is one cell; `-m` is a grid. Free of torch: the work is done in child p
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,11 +21,6 @@ def run(config: DictConfig) -> str | tuple[float, ...]:
     """Do what `job` says with one composed configuration; returns what the job returns."""
     from hydra.utils import instantiate
 
-    if multiprocessing.current_process().name != "MainProcess":
-        # A worker of joblib's: one that outlived a killed driver would go on with its cells.
-        from harness.launch import end_with_parent
-
-        end_with_parent()
     result: str | tuple[float, ...] = instantiate(config.job, _recursive_=False).run(config)
     return result
 

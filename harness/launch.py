@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -21,7 +22,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -337,13 +337,15 @@ def _end_with(driver: int, family: Family) -> None:
     _when_ended(driver, end)
 
 
-@cache
 def end_with_parent() -> None:
     """End this process as soon as its parent has ended, even by SIGKILL.
 
     For workers of a launcher, which would go on with the cells they have been given.
     """
-    _when_ended(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != os.getppid():
+        os._exit(1)  # it had ended before this process could ask to be told of it
+    _when_ended(parent.pid, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _when_ended(pid: int, do: Callable[[], None]) -> None:

@@ -14,9 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.sweep import LIGHT, Done, Sweep, cheap
+from tests.faults.sweep import LIGHT, POLL_SECONDS, Done, Sweep, cheap
 from tests.faults.tally import Tally
 
+START_SECONDS = 1.5
+"""In which joblib's workers import what they need, and start their fork servers."""
 CELLS_A_STOP = 4
 """More than a run finishes before it is stopped, or it would end by itself."""
 SENTENCE = "interrupted; finished cells are kept, the same command goes on with the rest"
@@ -33,6 +35,7 @@ class Stop:
         pause: seconds between two of them.
         grouped: sent to the driver's whole group, as a terminal does.
         launcher: overrides that choose one.
+        early: sent while its workers start; else once a cell was finished.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Stop:
     pause: float = 0.0
     grouped: bool = False
     launcher: tuple[str, ...] = ()
+    early: bool = False
 
 
 STOPS = (
@@ -50,6 +54,14 @@ STOPS = (
     Stop("Ctrl-C once, two workers", (signal.SIGINT,), grouped=True, launcher=JOBLIB),
     Stop("SIGTERM, two workers", (signal.SIGTERM,), launcher=JOBLIB),
     Stop("kill -9, two workers", (signal.SIGKILL,), launcher=JOBLIB),
+    Stop(
+        "Ctrl-C once, workers that start",
+        (signal.SIGINT,),
+        grouped=True,
+        launcher=JOBLIB,
+        early=True,
+    ),
+    Stop("kill -9, workers that start", (signal.SIGKILL,), launcher=JOBLIB, early=True),
 )
 
 
@@ -63,9 +75,13 @@ def stop(folder: Path, count: int, seed: int) -> Tally:
         before = sweep.finished()
         sweep.arguments = [*cells, *way.launcher]
         with sweep.running() as driver:
-            while len(sweep.finished()) == len(before) and driver.poll() is None:
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0, 0.2))
+            if way.early:
+                _wait_for_workers(sweep, driver)
+                time.sleep(chance.uniform(0, START_SECONDS))
+            else:
+                while len(sweep.finished()) == len(before) and driver.poll() is None:
+                    time.sleep(0.02)
+                time.sleep(chance.uniform(0, 0.2))
             _send(driver, way)
             done = sweep.ended(driver)
             tally.faults += 1
@@ -78,6 +94,11 @@ def stop(folder: Path, count: int, seed: int) -> Tally:
     tally.check_second_run(sweep, done)
     sweep.remove()
     return tally
+
+
+def _wait_for_workers(sweep: Sweep, driver: subprocess.Popen[bytes]) -> None:
+    while driver.poll() is None and not sweep.of_role("other"):
+        time.sleep(POLL_SECONDS)
 
 
 def _send(driver: subprocess.Popen[bytes], way: Stop) -> None:
