@@ -15,9 +15,11 @@ LEGACY_PINS := methods/legacy/constraints.txt
 bench: $(INSTALLED)
 	$(BIN)/python run.py -m
 
-# Files of tests side by side; each worker computes in one thread, cells in all that there are.
+# Files of tests side by side; each worker computes in one thread, cells in all that there are. Not
+# reordered, or files of one long test would come last, one worker waiting for the other.
 test: $(TESTED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 check: format lint types imports audit-code test
 
