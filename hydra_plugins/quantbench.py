@@ -46,6 +46,9 @@ FIXED, NEEDS = "fixed", "needs"
 """What a grid may say beside axes: those that the command line leaves alone, and the modules
 without which it is left out."""
 
+WORKERS = "hydra_plugins.quantbench_joblib.WorkersLauncher"
+"""What hydra/launcher=joblib is here; its options are those of Hydra's own plugin."""
+
 TURN = 50
 """Cells of one launch of Hydra's basic launcher."""
 
@@ -84,13 +87,18 @@ class GridSweeper(Sweeper):
         """Return the launcher in use, with `options` in the place of its own."""
         assert self.config is not None
         config = self.config
-        if options:
+        own = {"_target_": WORKERS} if self._launchers_name() == "joblib" else {}
+        if own or options:
             config = config.copy()
             with open_dict(config):
-                config.hydra.launcher.update(options)
+                config.hydra.launcher.update({**options, **own})
         return Plugins.instance().instantiate_launcher(
             hydra_context=self.context, task_function=self.task, config=config
         )
+
+    def _launchers_name(self) -> str:
+        assert self.config is not None
+        return str(self.config.hydra.runtime.choices["hydra/launcher"])
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run every missing cell of the grid that `arguments` describe."""
@@ -135,7 +143,7 @@ class GridSweeper(Sweeper):
     def _kinds(self, cells: list[Planned]) -> list[Kind]:
         assert self.config is not None
         options = {str(key) for key in self.config.hydra.launcher} - {"_target_"}
-        return kinds_of(cells, self.config.hydra.runtime.choices["hydra/launcher"], options)
+        return kinds_of(cells, self._launchers_name(), options)
 
     def _run(self, cells: list[Planned]) -> list[Planned]:
         """Hand `cells` to the launcher, a launch a kind; return those that other sweeps run."""
@@ -173,8 +181,7 @@ class GridSweeper(Sweeper):
         Hydra's basic launcher, which runs one cell after the other, keeps the configurations of
         each (a quarter of a MiB) until its last has ended. Others are given all cells at once.
         """
-        assert self.config is not None
-        if self.config.hydra.runtime.choices["hydra/launcher"] != "basic":
+        if self._launchers_name() != "basic":
             return [cells]
         return [cells[start : start + TURN] for start in range(0, len(cells), TURN)]
 

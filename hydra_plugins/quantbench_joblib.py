@@ -19,7 +19,7 @@ from harness.launch import end_with_parent
 
 
 class WorkersLauncher(joblib_launcher.JoblibLauncher):  # type: ignore[misc]  # untyped
-    """Runs cells in `n_jobs` processes; its options are those of `joblib.yaml`."""
+    """Runs cells in `n_jobs` processes; its options are those of Hydra's plugin."""
 
     # Hydra hands over every key of the launcher's node; joblib takes what it does not know itself
     # for its backend.
