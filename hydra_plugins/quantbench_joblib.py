@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_joblib_launcher import joblib_launcher
+from omegaconf import DictConfig
 
+from harness.jobs import refuse
 from harness.launch import end_with_parent
+from kernels.errors import ConfigError
 
 
 class WorkersLauncher(joblib_launcher.JoblibLauncher):  # type: ignore[misc]  # untyped
@@ -25,6 +29,19 @@ class WorkersLauncher(joblib_launcher.JoblibLauncher):  # type: ignore[misc]  # 
     # for its backend.
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, initializer=end_with_parent)
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Take what Hydra gives a launcher; what cannot work ends the command."""
+        if self.joblib["n_jobs"] == 0:
+            refuse(
+                ConfigError(
+                    "hydra.launcher.n_jobs is 0; it must be 1 or more, or -1 for as many cells at "
+                    "once as there are processors"
+                )
+            )
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -191,6 +191,15 @@ def test_what_slurm_needs_is_said_in_one_sentence(
     assert sentence in line
 
 
+def test_no_cells_at_once_are_refused() -> None:
+    done = run("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0", "method=rtn", "bits=4")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: hydra.launcher.n_jobs is 0; it must be 1 or more, or -1 for as many cells at once "
+        "as there are processors\n"
+    )
+
+
 def test_cells_run_side_by_side(tmp_path: Path) -> None:
     done = run(
         "-m", "model=gpt2", "suite=size_only", "method=fp16,rtn", "bits=8,4,3", "group_size=128",
