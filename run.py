@@ -16,11 +16,17 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SIGNAL = 128
 """And the signal's number: the exit status of a run that was stopped, as shells count."""
 
+stopped: list[int] = []
+"""The number of the signal that asked this process to stop, once one has."""
+
 
 def run(config: DictConfig) -> str | tuple[float, ...]:
     """Do what `job` says with one composed configuration; returns what the job returns."""
     from hydra.utils import instantiate
 
+    if stopped:
+        # A library took the exception for an error of its own.
+        raise KeyboardInterrupt(*stopped)
     result: str | tuple[float, ...] = instantiate(config.job, _recursive_=False).run(config)
     return result
 
@@ -36,18 +42,21 @@ def main() -> None:
         import hydra
 
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(run)()
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, SystemExit):
+        if not stopped:
+            raise
         print(
             "interrupted; finished cells are kept, the same command goes on with the rest",
             file=sys.stderr,
         )
-        sys.exit(EXIT_SIGNAL + int(next(iter(stopped.args), signal.SIGINT)))
+        sys.exit(EXIT_SIGNAL + stopped[0])
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Let everything clean up behind itself; a second signal does not wait for that."""
     for other in STOPS:
         signal.signal(other, _leave)
+    stopped.append(number)
     raise KeyboardInterrupt(number)
 
 

@@ -113,6 +113,10 @@ class GridSweeper(Sweeper):
             return self._launch(self._cells(points(grids, axes, self.loader)))
         except ConfigError as error:
             refuse(error)
+        except Exception as error:
+            if not interrupted(error):
+                raise
+            raise KeyboardInterrupt from error
 
     def _launch(self, cells: Cells) -> Any:
         """Run those of `cells` that are not there.
@@ -254,6 +258,15 @@ def wait_for(queues: Sequence[tuple[Queue, list[Planned]]]) -> list[Planned]:
         seconds = time.monotonic() - start
         print(ended_line(planned[place][0].title, number, len(jobs), result, seconds), flush=True)
     return elsewhere
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether `error` comes of an interrupt, as where OmegaConf was building a node."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 class SearchSweeper(GridSweeper):
