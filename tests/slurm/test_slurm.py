@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -105,7 +106,10 @@ def test_a_node_dies_and_every_cell_is_done_exactly_once(cluster: Cluster, tmp_p
     assert problems == []
     assert len(records) == CELLS
     assert {record.status for record in records} == {"ok"}
-    assert out.count(": ok") == CELLS, "each cell's end is said, once"
+    # A job that died behind its record finds it there when Slurm runs it again.
+    ends = re.findall(r"^\[ *\d+/12\] .+: (ok|there)\b", out, re.MULTILINE)
+    assert len(ends) == CELLS, "each cell's end is said, once"
+    assert ends.count("there") < len(struck)
 
     sweep.look()
     written = {
