@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -104,19 +105,13 @@ class GridSweeper(Sweeper):
         """Run every missing cell of the grid that `arguments` describe."""
         assert self.config is not None
         own = OmegaConf.select(self.config, SWEEP)
-        try:
+        with _ending_in_a_sentence():
             grids = usable(self.grids if own is None else own)
             axes = without(arguments, SWEEP)
             if own is not None:
                 # The mode came from the sweep's file, which points leave out.
                 axes.append(MULTIRUN)
             return self._launch(self._cells(points(grids, axes, self.loader)))
-        except ConfigError as error:
-            refuse(error)
-        except Exception as error:
-            if not interrupted(error):
-                raise
-            raise KeyboardInterrupt from error
 
     def _launch(self, cells: Cells) -> Any:
         """Run those of `cells` that are not there.
@@ -260,7 +255,20 @@ def wait_for(queues: Sequence[tuple[Queue, list[Planned]]]) -> list[Planned]:
     return elsewhere
 
 
-def interrupted(error: BaseException | None) -> bool:
+@contextmanager
+def _ending_in_a_sentence() -> Iterator[None]:
+    """Refuse what is a mistake of the user's; let an interrupt be one, whatever became of it."""
+    try:
+        yield
+    except Exception as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
+        if not isinstance(error, ConfigError):
+            raise
+        refuse(error)
+
+
+def _interrupted(error: BaseException | None) -> bool:
     """Whether `error` comes of an interrupt, as where OmegaConf was building a node."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
@@ -277,19 +285,21 @@ class SearchSweeper(GridSweeper):
         assert self.config is not None
         from harness.racing import Racing
 
-        try:
-            if OmegaConf.select(self.config, SWEEP) is not None:
-                raise ConfigError("+sweep and +search are two ways to choose cells; give one")
-            search = instantiate(self.config.search)
-            own = _axes([f"{key}={value}" for key, value in search.axes.items()], self.loader)
-            # The mode came from the search's file, which points leave out.
-            asked = _axes([*without(arguments, "search"), MULTIRUN], self.loader)
-            asked.setdefault("suite", [f"suite={self.config.hydra.runtime.choices['suite']}"])
-            Racing(search, {**own, **asked}, self._cells, self._launch).run(self.config, arguments)
-        except InstantiationException as error:
-            refuse(ConfigError(str(error.__cause__ or error).splitlines()[0]))
-        except ConfigError as error:
-            refuse(error)
+        with _ending_in_a_sentence():
+            try:
+                if OmegaConf.select(self.config, SWEEP) is not None:
+                    raise ConfigError("+sweep and +search are two ways to choose cells; give one")
+                search = instantiate(self.config.search)
+                own = _axes([f"{key}={value}" for key, value in search.axes.items()], self.loader)
+                # The mode came from the search's file, which points leave out.
+                asked = _axes([*without(arguments, "search"), MULTIRUN], self.loader)
+                asked.setdefault("suite", [f"suite={self.config.hydra.runtime.choices['suite']}"])
+                Racing(search, {**own, **asked}, self._cells, self._launch).run(
+                    self.config, arguments
+                )
+            except InstantiationException as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise ConfigError(reason) from error
 
 
 def usable(grids: DictConfig | None) -> list[dict[str, Any]]:

@@ -101,8 +101,9 @@ class Sweep:
         with self.out.open("wb") as out, self.err.open("wb") as err:
             # A group of its own, as a shell gives it: signals to it are none to the tests.
             driver = subprocess.Popen(
-                command, stdout=out, stderr=err, env=environment, cwd=ROOT, process_group=0
-            )
+                command, stdout=out, stderr=err, env=environment, cwd=ROOT, process_group=0,
+                preexec_fn=_hear_signals,
+            )  # fmt: skip
         self.drivers.append(driver.pid)
         try:
             yield driver
@@ -196,6 +197,12 @@ class Sweep:
                     for key in other
                 ]
         return found
+
+
+def _hear_signals() -> None:
+    """Undo what nohup and a shell's background jobs told this process to ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def undisturbed(folder: Path, arguments: Sequence[str]) -> dict[str, Lasting]:
