@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from hydra.utils import instantiate
 
 from harness import identity
 from harness.artefacts import MANIFEST, ArtefactError, training_state, verify
-from harness.claim import Held, claim
+from harness.claim import Held, TakenOverError, claim, still_held
 from harness.hardware import Hardware, describe, other_machine
 from harness.launch import EXIT_REFERENCE_MISSING, TAKEN_OVER, Outcome, Stage, run_child
 from harness.lm_eval_results import FILE_NAME as LM_EVAL
@@ -25,7 +26,7 @@ from harness.record import (
     write_record,
 )
 from harness.samples import FILE_NAME as SAMPLES
-from harness.temporary import remove_abandoned
+from harness.temporary import remove_unfinished
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _method_title(method: dict[str, Any]) -> str:
 
 
 MEASURE_ATTEMPTS = 3
+MADE = (FILE_NAME, SAMPLES, LM_EVAL)
+"""What measuring a cell leaves in its folder."""
 ELSEWHERE = "elsewhere"
 """How a cell ended that another sweep runs."""
 
@@ -151,6 +154,8 @@ def run_cell(cell: Cell, stage: Stage, wait: bool = True) -> str:
         return "there"
     try:
         with claim(cell.folder / "claim", waiting, until=cell.finished) as held:
+            # First of all, or a late owner could still finish what is then begun again.
+            remove_unfinished(cell.folder)
             # What another sweep has just finished is not run again, not even by force.
             if held is None or (cell.finished() and (held.waited or not cell.config["force"])):
                 return "there"
@@ -160,20 +165,24 @@ def run_cell(cell: Cell, stage: Stage, wait: bool = True) -> str:
 
 
 def _run_held(cell: Cell, held: Held, stage: Stage) -> str:
-    remove_abandoned(cell.folder, held.path.stat().st_mtime)
     if cell.config["force"]:
         _drop(cell, cell.artefact(cell.artefact_key))
+    before = [path for path in map(cell.folder.joinpath, MADE) if path.exists()]
     if held.lost():
         return ELSEWHERE
-    for name in (FILE_NAME, SAMPLES, LM_EVAL):
-        (cell.folder / name).unlink(missing_ok=True)
+    for path in before:
+        path.unlink(missing_ok=True)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     failure = _Stages(cell, held, stage).run()
     if held.lost() or (failure is not None and failure.kind == TAKEN_OVER):
         return ELSEWHERE
     # A child that is killed behind its last word has done its work: what is finished stays.
     if failure is not None and not cell.finished():
-        _write_failed(cell, failure, started)
+        try:
+            with still_held(held.path) as last_look:
+                _write_failed(cell, failure, started, last_look)
+        except TakenOverError:
+            return ELSEWHERE
         return "failed"
     return read_record(cell.folder).status
 
@@ -345,7 +354,9 @@ def _marker(cell: Cell) -> Path:
     return cell.cache / "reference" / f"{cell.reference_key[:32]}.done"
 
 
-def _write_failed(cell: Cell, failure: Failure, started: str) -> None:
+def _write_failed(
+    cell: Cell, failure: Failure, started: str, last_look: Callable[[], None]
+) -> None:
     """Leave a failed record; values measured before the failure stay in it."""
     hardware: Hardware = instantiate(cell.config["hardware"])
     try:
@@ -365,4 +376,4 @@ def _write_failed(cell: Cell, failure: Failure, started: str) -> None:
             environment=describe(replace(hardware, device="cpu")),
             started=started,
         )
-    write_record(record, cell.folder)
+    write_record(record, cell.folder, last_look)

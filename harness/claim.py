@@ -96,6 +96,29 @@ def superseded(path: Path) -> bool:
 
 
 @contextmanager
+def still_held(path: Path) -> Iterator[Callable[[], None]]:
+    """Give the last look for `write_atomically`, by which no late owner replaces others' work.
+
+    An owner writes a temporary file, looks, and renames it. Who takes over creates the next claim,
+    removes what is unfinished (`harness.temporary`), and only then looks what is done. So an owner
+    that stood still between look and rename has nothing left to rename.
+
+    Raises:
+        TakenOverError: the claim at `path` was taken over before the file had its name.
+    """
+
+    def look() -> None:
+        if superseded(path):
+            raise TakenOverError("another sweep has taken the cell over")
+
+    try:
+        yield look
+    except FileNotFoundError:
+        look()
+        raise
+
+
+@contextmanager
 def claim(
     path: Path,
     waiting: Callable[[str], None],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,16 @@ NOT_SET = ("max_batch_size", "use_cache", "gen_kwargs", "random_seed", "numpy_se
 PER_TASK = ("configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes")
 
 
-def write_results(record: Record, kept: Mapping[str, Any], folder: Path) -> None:
+def write_results(
+    record: Record,
+    kept: Mapping[str, Any],
+    folder: Path,
+    last_look: Callable[[], None] = lambda: None,
+) -> None:
     """Write `results.json` into `folder` (made if missing); of nothing `kept` none is left there.
 
-    Written before the record, so that a cell that is done has both.
+    Written before the record, so that a cell that is done has both; `last_look` is that of
+    `write_atomically`.
     """
     path = folder / FILE_NAME
     if not kept:
@@ -39,7 +45,7 @@ def write_results(record: Record, kept: Mapping[str, Any], folder: Path) -> None
         return
     text = json.dumps(document(record, kept), ensure_ascii=False, indent=2, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, text.encode(), last_look)
 
 
 def document(record: Record, kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from hydra.utils import instantiate
 
 from harness.artefacts import Manifest, read_manifest
 from harness.cache import Cache
-from harness.claim import TakenOverError, superseded
+from harness.claim import still_held
 from harness.context import (
     Comparing,
     Context,
@@ -55,15 +56,18 @@ class Progress:
         self.details: dict[str, Any] = {"notes": []}
         self.lm_eval: dict[str, Any] = {}
 
+    def still_held(self) -> AbstractContextManager[Callable[[], None]]:
+        """Give the last look before a write, as `harness.claim.still_held` says."""
+        claimed = self.job.get("claim")
+        # Who calls a child's function by itself holds no claim, and shares the cell with nobody.
+        return nullcontext(lambda: None) if claimed is None else still_held(Path(claimed))
+
     def write(self, status: Status, interrupted_at: str | None = None) -> None:
         """Write the record; `interrupted_at` names the step that a crash from here on would hit.
 
         Raises:
             TakenOverError: another sweep has begun the cell anew, and its record is not replaced.
         """
-        claimed = self.job.get("claim")
-        if claimed is not None and superseded(Path(claimed)):
-            raise TakenOverError("another sweep has taken the cell over")
         errors = list(self.errors)
         if interrupted_at is not None:
             errors.append(Failure(interrupted_at, "interrupted", "the cell ended in this step"))
@@ -78,8 +82,9 @@ class Progress:
             started=self.started,
             seconds=time.perf_counter() - self.start,
         )
-        write_results(record, self.lm_eval, Path(self.job["folder"]))
-        write_record(record, Path(self.job["folder"]))
+        with self.still_held() as last_look:
+            write_results(record, self.lm_eval, Path(self.job["folder"]), last_look)
+            write_record(record, Path(self.job["folder"]), last_look)
 
 
 def main(job: dict[str, Any], stage: Stage) -> None:
@@ -186,7 +191,9 @@ def _run_one(
     context.problems.clear()
     if measure.quality and any(value.samples for value in values):
         progress.sampled += values
-        write_samples(progress.sampled, context.answers, Path(progress.job["folder"]))
+        folder = Path(progress.job["folder"])
+        with progress.still_held() as last_look:
+            write_samples(progress.sampled, context.answers, folder, last_look)
 
 
 def _failure(stage: str, error: Exception, part: str | None = None) -> Failure:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -88,14 +88,21 @@ def digest(payload: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one."""
+def write_atomically(
+    path: Path, content: bytes, last_look: Callable[[], None] = lambda: None
+) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one.
+
+    `last_look` is called when all is on the disk and only its name is missing; what it raises
+    leaves the old file (see `harness.claim.still_held`).
+    """
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        last_look()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -107,13 +114,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
-def write_record(record: Record, folder: Path) -> Path:
-    """Write `record` into `folder` (made if missing) and return the path of the file."""
+def write_record(
+    record: Record, folder: Path, last_look: Callable[[], None] = lambda: None
+) -> Path:
+    """Write `record` into `folder` (made if missing) and return the path of the file.
+
+    `last_look` is that of `write_atomically`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     payload = redacted(asdict(record))
     document = {"digest": digest(payload), "record": payload}
     path = folder / FILE_NAME
-    write_atomically(path, json.dumps(document, ensure_ascii=False, indent=1).encode())
+    content = json.dumps(document, ensure_ascii=False, indent=1).encode()
+    write_atomically(path, content, last_look)
     return path
 
 

@@ -8,7 +8,7 @@ beside it. Equal values give equal bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +26,15 @@ class Answers:
 
 
 def write_samples(
-    values: Sequence[Value], answers: Mapping[tuple[str, str], Answers], folder: Path
+    values: Sequence[Value],
+    answers: Mapping[tuple[str, str], Answers],
+    folder: Path,
+    last_look: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the samples of `values` into `folder`, whole or not at all; none are no file.
 
-    `answers` has (metric, protocol) of a task's value -> what was asked and answered.
+    `answers` has (metric, protocol) of a task's value -> what was asked and answered; `last_look`
+    is that of `write_atomically`.
 
     Columns: measure, metric, protocol (string), sample (int32, from 0 in each value), value
     (float64), question and answer (string or null).
@@ -64,4 +68,4 @@ def write_samples(
     written = io.BytesIO()
     parquet.write_table(pa.concat_tables(tables), written, compression="zstd")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, written.getvalue())
+    write_atomically(path, written.getvalue(), last_look)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness.owner import parse_owner, this_process
+from harness.owner import Owner, parse_owner, this_process
 
 SUFFIX = ".tmp"
 DEPTH = 4
@@ -36,13 +36,28 @@ def remove_abandoned(folder: Path, now: float, depth: int = DEPTH) -> list[Path]
     writer on another machine cannot be asked whether it lives, so its file has to be a week old.
     What another user left, or lies where nothing can be written, stays.
     """
+
+    def abandoned(path: Path, owner: Owner) -> bool:
+        return owner.ended() or now - path.lstat().st_mtime >= OLD_SECONDS
+
+    return _remove(folder, depth, abandoned)
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove what anybody was writing in `folder` and the folders in it; return what was removed.
+
+    For who has just taken `folder` over: a writer that stood still ever since its last look at its
+    claim then finds nothing to give a name to.
+    """
+    return _remove(folder, DEPTH, lambda path, owner: True)
+
+
+def _remove(folder: Path, depth: int, which: Callable[[Path, Owner], bool]) -> list[Path]:
     removed = []
     for path in _temporaries(str(folder), depth):
         owner = parse_owner(path.name)
-        if owner is None:
-            continue
         try:
-            if not owner.ended() and now - path.lstat().st_mtime < OLD_SECONDS:
+            if owner is None or not which(path, owner):
                 continue
             remove(path)
         except OSError:

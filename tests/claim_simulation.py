@@ -6,9 +6,10 @@ for later, and comes back to them at the end. Groups of workers pretend to be ma
 ask whether a process of another one lives. Some workers are killed and some stand still for longer
 than `Pace.abandoned`, at moments drawn with a seed.
 
-A cell's work is a line `begin` and a line `end` in its log (O_APPEND), with a short sleep between;
-whoever was told that others took over writes `late` instead of `end`. Every line names the worker
-and the number of its claim.
+A cell's work is a short sleep and then its record, written as a real one is: nobody who was taken
+over replaces another's. A log (O_APPEND) has a line `begin` before the sleep, `end` after the
+record, and `late` instead where the worker was told that others took over. Every line names the
+worker and the number of its claim.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import owner
-from harness.claim import Held, Pace, claim
+from harness.claim import Held, Pace, TakenOverError, claim, still_held
+from harness.record import FILE_NAME, write_atomically
+from harness.temporary import remove_unfinished
 
 WORK_SECONDS = 0.02
 STILL = 4
@@ -90,10 +93,7 @@ def pass_on(holder: str) -> None:
 
 
 def finished(cell: Path) -> bool:
-    try:
-        return "end " in (cell / "log").read_text()
-    except FileNotFoundError:
-        return False
+    return (cell / FILE_NAME).exists()
 
 
 def note(cell: Path, line: str) -> None:
@@ -108,13 +108,15 @@ class Counting:
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
         self.counts: Counter[str] = Counter()
+        self.paused = False
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" and event not in COUNTED:
             return
         path = str(arguments[0])
-        if not path.startswith(self.folder) or path.endswith("log"):
+        # What claims cost alone: the log is the simulation's, the record is every cell's.
+        if self.paused or not path.startswith(self.folder) or path.endswith("log"):
             return
         if event != "open":
             self.counts[COUNTED[event]] += 1
@@ -176,15 +178,23 @@ class Worker:
 
     def _work(self, cell: Path, held: Held) -> None:
         self.begun[self.number] += 1
-        if finished(cell):
-            return
-        who = f"{self.number} {held.path.suffix[1:]}"
-        note(cell, f"begin {who}")
-        time.sleep(random.expovariate(1 / WORK_SECONDS))
-        counts = self.counting.counts.copy()
-        lost = held.lost()
-        self.counting.counts = counts  # a real cell looks every few seconds, see docs/scaling.md
-        note(cell, f"{'late' if lost else 'end'} {who}")
+        self.counting.paused = True
+        try:
+            remove_unfinished(cell)
+            if finished(cell):
+                return
+            who = f"{self.number} {held.path.suffix[1:]}"
+            note(cell, f"begin {who}")
+            time.sleep(random.expovariate(1 / WORK_SECONDS))
+            try:
+                with still_held(held.path) as last_look:
+                    write_atomically(cell / FILE_NAME, who.encode(), last_look)
+            except TakenOverError:
+                note(cell, f"late {who}")
+            else:
+                note(cell, f"end {who}")
+        finally:
+            self.counting.paused = False
 
     def _count(self, into: dict[str, int], before: Counter[str]) -> None:
         for kind, count in (self.counting.counts - before).items():
@@ -203,8 +213,8 @@ class Outcome:
     """What the logs say.
 
     Attributes:
-        lost: cells without an `end`.
-        twice: cells with more than one.
+        lost: cells without a record.
+        twice: cells with more than one `end`.
         together: times that a worker began while another one was at the same cell that neither had
             been killed nor was told that it was late.
         killed_inside: cells begun by a worker that was killed before their end.
@@ -237,7 +247,7 @@ def judge(setting: Setting, killed: Sequence[int], struck: int) -> Outcome:
         text = (cell / "log").read_text() if (cell / "log").exists() else ""
         lines = [line.split() for line in text.splitlines()]
         kinds = Counter(kind for kind, _, _ in lines)
-        counts["lost"] += kinds["end"] == 0
+        counts["lost"] += not finished(cell)
         counts["twice"] += kinds["end"] > 1
         counts["late"] += kinds["late"]
         counts["again"] += max(0, kinds["begin"] - 1)

@@ -12,14 +12,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import claim as claim_module
-from harness.claim import Held, Pace, claim
+from harness.claim import Held, Pace, TakenOverError, claim, still_held
 from harness.owner import Owner, this_process
+from harness.record import write_atomically
+from harness.temporary import remove_unfinished
 
 QUICK = Pace(beat=0.05, abandoned=0.5, poll=0.01, longest_poll=0.05)
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,6 +230,35 @@ def test_a_first_look_that_took_long_is_no_patience_spent(
     monkeypatch.setattr(claim_module, "_look", look)
     watch = claim_module._Watch(abandoned_seconds=150.0)
     assert [watch.free(file) for _ in range(4)] == [False, False, False, True]
+
+
+def test_who_stood_still_behind_its_last_look_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "claim.1").touch()
+
+    def taken_over(last_look: Callable[[], None]) -> None:
+        last_look()
+        (tmp_path / "claim.2").touch()
+        remove_unfinished(tmp_path)
+        write_atomically(tmp_path / "record", b"the successor's")
+
+    with pytest.raises(TakenOverError), still_held(tmp_path / "claim.1") as look:
+        write_atomically(tmp_path / "record", b"mine", partial(taken_over, look))
+    assert (tmp_path / "record").read_bytes() == b"the successor's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claim.1", "claim.2", "record"]
+
+
+def test_a_last_look_that_finds_a_successor_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "record").write_bytes(b"old")
+    (tmp_path / "claim.2").touch()
+    with pytest.raises(TakenOverError), still_held(tmp_path / "claim.1") as last_look:
+        write_atomically(tmp_path / "record", b"mine", last_look)
+    assert (tmp_path / "record").read_bytes() == b"old"
+
+
+def test_a_folder_that_is_missing_is_no_successor(tmp_path: Path) -> None:
+    (tmp_path / "claim.1").touch()
+    with pytest.raises(FileNotFoundError), still_held(tmp_path / "claim.1") as last_look:
+        write_atomically(tmp_path / "nowhere" / "record", b"mine", last_look)
 
 
 def test_a_removed_folder_is_a_claim_lost_and_can_be_taken_anew(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from harness.owner import Owner, this_process
 from harness.record import write_atomically
-from harness.temporary import OLD_SECONDS, remove_abandoned, temporary_beside
+from harness.temporary import OLD_SECONDS, remove_abandoned, remove_unfinished, temporary_beside
 
 NOW = 2e9
 
@@ -46,6 +46,16 @@ def test_the_dead_leave_nothing_and_the_living_all(tmp_path: Path) -> None:
 def test_what_another_machine_left_is_removed_after_a_week(tmp_path: Path) -> None:
     path = left(tmp_path, Owner("0" * 12, 1, 1), OLD_SECONDS + 1)
     assert remove_abandoned(tmp_path, NOW) == [path]
+
+
+def test_who_takes_over_removes_what_anybody_was_writing(tmp_path: Path) -> None:
+    gone = [
+        left(tmp_path / str(number), owner) for number, owner in enumerate([dead(), this_process()])
+    ]
+    kept = tmp_path / "record.json"
+    kept.write_text("")
+    assert sorted(remove_unfinished(tmp_path)) == sorted(gone)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [kept.name]
 
 
 def test_a_folder_goes_with_all_in_it_and_a_link_alone(tmp_path: Path) -> None:
