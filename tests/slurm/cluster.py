@@ -166,6 +166,23 @@ class Cluster:
         lines = [log.read_text().splitlines()[-1:] for log in logs if log.exists()]
         return " | ".join(line for last in lines for line in last)
 
+    @contextmanager
+    def suspended(self, node: str) -> Iterator[list[psutil.Process]]:
+        """Have the processes of the jobs of `node` stand still while the block runs."""
+        stopped: list[psutil.Process] = []
+        try:
+            # Until no process was started while the others were stopped.
+            while found := [one for one in self._of_jobs(node) if one not in stopped]:
+                for process in found:
+                    with suppress(psutil.NoSuchProcess):
+                        process.suspend()
+                stopped += found
+            yield stopped
+        finally:
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
     def kill_node(self, node: str) -> list[int]:
         """End a node as a power cut does, with what its jobs run; return the processes."""
         daemon = _process(self.folder / f"{node}.pid")

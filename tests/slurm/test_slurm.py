@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.owner import parse_owner
 from harness.record import FILE_NAME, read_record, read_records
 from tests.slurm.cluster import Cluster, ClusterError, running
 
@@ -69,18 +70,21 @@ class Sweep:
             self.look()
             time.sleep(0.05)
 
-    def at_work(self, node: str) -> list[str]:
-        """The jobs on `node` that measure a cell at this moment."""
-        running = self.cluster.jobs_on(node)
-        return [job for job in running if "perplexity" in self.log(job) and not self.ended(job)]
+    def kill_in_the_middle(self, node: str) -> bool:
+        """Kill `node` if it has begun a cell that is not done; say whether it was killed."""
+        # Suspended meanwhile, or the cell could end between the look and the kill.
+        with self.cluster.suspended(node) as processes:
+            owners = {process.pid for process in processes}
+            begun = [path.parent for path in self.runs.glob("*/claim.1") if _pid(path) in owners]
+            self.look()
+            if all(folder.name in self.finished for folder in begun):
+                return False
+            return bool(self.cluster.kill_node(node))
 
-    def log(self, job: str) -> str:
-        return "".join(
-            path.read_text() for path in self.runs.glob(f"sweeps/*/.submitit/{job}/*.out")
-        )
 
-    def ended(self, job: str) -> bool:
-        return ": ok (" in self.log(job)
+def _pid(claim: Path) -> int | None:
+    owner = parse_owner(claim.read_text())
+    return None if owner is None else owner.pid
 
 
 def claims(runs: Path) -> dict[str, int]:
@@ -93,9 +97,9 @@ def claims(runs: Path) -> dict[str, int]:
 def test_a_node_dies_and_every_cell_is_done_exactly_once(cluster: Cluster, tmp_path: Path) -> None:
     sweep = Sweep(cluster, tmp_path / "runs")
     try:
-        sweep.until(lambda: len(sweep.finished) >= 4 and bool(sweep.at_work(DYING)))
+        sweep.until(lambda: len(sweep.finished) >= 4 and sweep.kill_in_the_middle(DYING))
+        # The controller has not noticed yet.
         struck = cluster.jobs_on(DYING)
-        assert cluster.kill_node(DYING)
         sweep.until(cluster.hurry)
         sweep.until(lambda: sweep.driver.poll() is not None)
     finally:
