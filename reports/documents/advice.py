@@ -264,7 +264,8 @@ def _branch(tree: Mapping[str, Any], entry: Mapping[str, Any], number: int) -> A
         if key in BOUNDS:
             known = entries.number(value) and value > 0
         else:
-            known = set(_several(value)) <= set(VOCABULARY.get(key, ()))
+            values = set(_several(value))
+            known = bool(values) and values <= set(VOCABULARY.get(key, ()))
         if not known:
             said = value if isinstance(value, str) else entries.short(value)
             raise ValueError(f"{where} has no such condition: {key} {said:.60}")

@@ -193,6 +193,8 @@ def test_the_block_shows_every_branch() -> None:
         ({"original": ""}, "guide-tree-1 lacks original"),
         ({"when": {"device": "toaster"}}, "guide-tree-1 has no such condition: device toaster"),
         ({"when": {"colour": "red"}}, "no such condition: colour red"),
+        ({"when": {"colour": []}}, "no such condition: colour"),
+        ({"when": {"device": []}}, "no such condition: device"),
         ({"when": {"min_parameters": "many"}}, "no such condition: min_parameters many"),
         ({"advice": ["gptq"]}, "advises 'gptq'; it needs method= or bits="),
         ({"advice": ["group_size=32"]}, "it needs method= or bits="),
