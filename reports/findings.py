@@ -63,8 +63,8 @@ def warnings(group: Group) -> list[str]:
     flagged = [row.label for row in group.rows if noisy(row)]
     if flagged:
         found.append(
-            f"Timing of {words.listed(flagged)} was noisy: the interquartile range of the time per "
-            f"token is above {100 * NOISY_SPREAD:g} % of its median. Measure again on a quiet "
+            f"Timing of {_named(group, flagged)} was noisy: the interquartile range of the time "
+            f"per token is above {100 * NOISY_SPREAD:g} % of its median. Measure again on a quiet "
             "machine before using these speeds."
         )
     found += _about_timing(group)
@@ -299,6 +299,10 @@ def _broken(group: Group) -> list[Finding]:
     ]
 
 
+def _named(group: Group, labels: Sequence[str]) -> str:
+    return "every row" if 1 < len(labels) == len(group.measured) else words.listed(labels)
+
+
 def _about_timing(group: Group) -> list[str]:
     drifted, cached = [], []
     for row in group.rows:
@@ -312,14 +316,13 @@ def _about_timing(group: Group) -> list[str]:
     found = []
     if drifted:
         found.append(
-            f"The time per token of {words.listed(drifted)} changed by more than {100 * DRIFT:g} % "
-            "from the first burst to the last: the machine was not in a steady state."
+            f"The time per token of {_named(group, drifted)} changed by more than {100 * DRIFT:g} "
+            "% from the first burst to the last: the machine was not in a steady state."
         )
     if cached:
-        rows = "every row" if len(cached) == len(group.measured) else words.listed(cached)
         found.append(
-            f"The weights of {rows} fit into the processor's caches: these speeds do not carry "
-            "over to models that have to be read from memory."
+            f"The weights of {_named(group, cached)} fit into the processor's caches: these speeds "
+            "do not carry over to models that have to be read from memory."
         )
     return found
 

@@ -189,11 +189,14 @@ def _notes(
             f"{', '.join(otherwise)}"
         )
     flagged = [
-        f"{_label(row)}: noisy timing"
+        _label(row)
         for index, row in enumerate(table.rows)
         if any(column.cells[index].flag for column in columns)
     ]
-    return [line for note in [*notes, *flagged] for line in _wrapped(note, width)]
+    if flagged:
+        every = 1 < len(flagged) == len(table.rows)
+        notes.append(f"noisy timing: {'every row' if every else ', '.join(flagged)}")
+    return [line for note in notes for line in _wrapped(note, width)]
 
 
 def _name(column: Column) -> str:

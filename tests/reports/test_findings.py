@@ -142,8 +142,10 @@ def test_an_unsteady_machine_and_weights_in_caches_are_pointed_out(grid: list[Re
         replace(record, details={**record.details, "speed": {"points": [point]}})
         for record in grid[:2]
     ]
-    found = " ".join(warnings(group_of(records)))
+    found = " ".join(warnings(group_of([*records, grid[2]])))
     assert "of fp32 and fp16 changed by more than 10 %" in found
+    found = " ".join(warnings(group_of(records)))
+    assert "The time per token of every row changed" in found
     assert "weights of every row fit into the processor's caches" in found
 
 
