@@ -46,8 +46,8 @@ def read_outcomes(found: Any) -> Mapping[str, Any]:
     for one in found["listings"]:
         where = f"listings.yaml: {one.get('id')}"
         _check(one, where, _LISTING)
-        runs = [one] if one["legacy"] is None else [one, one["legacy"]]
-        for seen in runs:
+        legacy = one["legacy"]
+        for seen in [one] if legacy is None else [one, legacy]:
             _check(seen, where, _RUNS)
             ends = [] if seen["as_printed"] is None else [seen["as_printed"]]
             for ended in [*ends, *seen["with_surroundings"]]:
@@ -57,6 +57,10 @@ def read_outcomes(found: Any) -> Mapping[str, Any]:
                     raise ValueError(f"{where}: a run that failed has no message")
                 if ("line" in ended) != ("quote" in ended):
                     raise ValueError(f"{where}: a run has a line without its words")
+        if one["verdict"] != NO_CODE and not one["not_run"] and one["as_printed"] is None:
+            raise ValueError(f"{where} was neither run nor says why not")
+        if legacy is not None and not legacy["with_surroundings"]:
+            raise ValueError(f"{where} was not run beside what it expects with archived libraries")
     outcomes: Mapping[str, Any] = found
     return outcomes
 

@@ -164,3 +164,22 @@ def _one_value(word: str, last: bool) -> str:
         return word
     values = list(override.sweep_string_iterator())
     return f"{override.get_key_element()}={values[-1 if last else 0]}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"not_run": None, "as_printed": None},
+            r"listings\.yaml: \S+ was neither run nor says why not",
+        ),
+        (
+            {"legacy": {"as_printed": None, "with_surroundings": []}},
+            r"listings\.yaml: \S+ was not run beside what it expects with archived libraries",
+        ),
+    ],
+)
+def test_an_outcome_that_says_nothing_is_refused(change: dict[str, Any], said: str) -> None:
+    one = next(one for one in outcomes()["listings"] if one["legacy"])
+    with pytest.raises(ValueError, match=said):
+        listings.read_outcomes({**outcomes(), "listings": [{**one, **change}]})
