@@ -123,13 +123,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ConfigError(
                 f"{where}: model_args has {name} {args.get(name)!r}; it must be a whole number"
             )
+    dropout = args.get("dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"{where}: model_args has dropout {dropout!r:.60}; it must be at least 0 and below 1"
+        )
     tensors = {str(name).removeprefix(PREFIX): tensor for name, tensor in state.items()}
     kept = {name: tensor for name, tensor in tensors.items() if not MASKS.fullmatch(name)}
     for name, tensor in kept.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ConfigError(f"{where}: {name} is no tensor of floating point numbers")
         check_finite(name, tensor)
-    return Checkpoint({name: args[name] for name in SIZES}, kept, float(args.get("dropout") or 0.0))
+    return Checkpoint({name: args[name] for name in SIZES}, kept, float(dropout))
 
 
 def _check_archive(path: Path, where: str) -> None:
