@@ -65,6 +65,8 @@ def test_other_names_name_nobody(text: str) -> None:
 
 
 MARK = "a mark of test_owner"
+NO_SESSION = -1
+"""Leads nobody: where the tests lead a session themselves, what they have started is in it."""
 NAMED = """
 import ctypes
 ctypes.CDLL(None).prctl(15, b"\\xff) Z 1 (")
@@ -83,5 +85,5 @@ def test_a_process_may_have_any_bytes_as_its_name() -> None:
         owner = owner_of(process)
         assert not owner.ended()
         # Whoever looks for its own among all processes of the machine meets this one, too.
-        assert Family(MARK, None).members(os.getpid()) == {process.pid}
+        assert Family(MARK, None).members(NO_SESSION) == {process.pid}
         process.kill()
