@@ -154,10 +154,12 @@ def run_cell(cell: Cell, stage: Stage, wait: bool = True) -> str:
         return "there"
     try:
         with claim(cell.folder / "claim", waiting, until=cell.finished) as held:
+            if held is None:
+                return "there"
             # First of all, or a late owner could still finish what is then begun again.
             remove_unfinished(cell.folder)
             # What another sweep has just finished is not run again, not even by force.
-            if held is None or (cell.finished() and (held.waited or not cell.config["force"])):
+            if cell.finished() and (held.waited or not cell.config["force"]):
                 return "there"
             return _run_held(cell, held, stage)
     except _ElsewhereError:

@@ -41,6 +41,7 @@ def write_results(
     """
     path = folder / FILE_NAME
     if not kept:
+        last_look()
         path.unlink(missing_ok=True)
         return
     text = json.dumps(document(record, kept), ensure_ascii=False, indent=2, allow_nan=False)

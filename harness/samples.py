@@ -45,6 +45,7 @@ def write_samples(
     sampled = [value for value in values if value.samples]
     path = folder / FILE_NAME
     if not sampled:
+        last_look()
         path.unlink(missing_ok=True)
         return
     tables = []
