@@ -300,7 +300,9 @@ def _broken(group: Group) -> list[Finding]:
 
 
 def _named(group: Group, labels: Sequence[str]) -> str:
-    return "every row" if 1 < len(labels) == len(group.measured) else words.listed(labels)
+    # A failed row may be among the labels, so their number says nothing.
+    every = len(labels) > 1 and all(row.label in labels for row in group.measured)
+    return "every row" if every else words.listed(labels)
 
 
 def _about_timing(group: Group) -> list[str]:

@@ -144,6 +144,10 @@ def test_an_unsteady_machine_and_weights_in_caches_are_pointed_out(grid: list[Re
     ]
     found = " ".join(warnings(group_of([*records, grid[2]])))
     assert "of fp32 and fp16 changed by more than 10 %" in found
+    failed = replace(records[1], status="failed")
+    quiet = grid[2]
+    found = " ".join(warnings(group_of([records[0], failed, quiet])))
+    assert "every row" not in found
     found = " ".join(warnings(group_of(records)))
     assert "The time per token of every row changed" in found
     assert "weights of every row fit into the processor's caches" in found
