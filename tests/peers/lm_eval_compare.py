@@ -35,14 +35,12 @@ from tests.peers.lm_eval_cli import ANSWERING, Clock, PeerRun, run
 TOLERANCE = 1e-4
 """Largest difference of two log-likelihoods, nats; choices closer than that are one."""
 
-Asked = tuple[tuple[str, int, int | None], ...]
-"""Task, limit of each of its parts, examples in the prompt."""
-
-EQUALITY: Asked = (("hellaswag", 500, None), ("mmlu", 9, 5), ("gsm8k", 50, None))
-"""What the page says; MMLU has 57 subjects: 513 questions."""
-
-SHORT: Asked = (("hellaswag", 125, None), ("mmlu", 2, 5), ("gsm8k", 12, None))
-"""A quarter of it, for each run of the tests."""
+EQUALITY: tuple[tuple[str, int, int | None], ...] = (
+    ("hellaswag", 500, None),
+    ("mmlu", 9, 5),
+    ("gsm8k", 50, None),
+)
+"""Task, limit of each of its parts (57 subjects: 513 questions), examples in the prompt."""
 
 SUBJECTS = (
     *("abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge"),
@@ -188,12 +186,10 @@ def _difference(rows: Sequence[tuple[float, Any, float, Any]]) -> Difference:
     return Difference(len(rows), differing, unexplained, largest, texts)
 
 
-def equality(
-    model: Path, data: Path, folder: Path, asked: Asked = EQUALITY
-) -> dict[tuple[str, str], Difference]:
-    """Compare on all that is `asked`."""
+def equality(model: Path, data: Path, folder: Path) -> dict[tuple[str, str], Difference]:
+    """Compare on all of EQUALITY."""
     found: dict[tuple[str, str], Difference] = {}
-    for task, limit, shots in asked:
+    for task, limit, shots in EQUALITY:
         options = () if shots is None else ("--num_fewshot", str(shots))
         peer = run(model, data, folder / task, task, limit, "--batch_size", "8", *options)
         mine = ours(model, data, folder / task, task, limit, shots, 8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers.lm_eval_compare import SHORT, TOLERANCE, equality
+from tests.peers.lm_eval_compare import EQUALITY, TOLERANCE, equality
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = Path(os.environ.get("QUANTBENCH_SHARED", str(ROOT.parent / "shared")))
@@ -19,11 +19,11 @@ MODEL, DATA = SHARED / "models" / "wiki6m", SHARED / "datasets"
     reason="the model wiki6m and the data sets are not on this machine (QUANTBENCH_SHARED)",
 )
 def test_every_decision_is_lm_evals_own(tmp_path: Path) -> None:
-    found = equality(MODEL, DATA, tmp_path, SHORT)
-    assert {task for task, _ in found} == {task for task, _, _ in SHORT}
-    assert found["hellaswag", "acc_norm"].compared == 125
-    assert found["mmlu", "acc"].compared == 57 * 2
-    assert found["gsm8k", "exact_match_strict"].compared == 12
+    found = equality(MODEL, DATA, tmp_path)
+    assert {task for task, _ in found} == {task for task, _, _ in EQUALITY}
+    assert found["hellaswag", "acc_norm"].compared == 500
+    assert found["mmlu", "acc"].compared == 57 * 9
+    assert found["gsm8k", "exact_match_strict"].compared == 50
     for (task, _), one in found.items():
         assert one.unexplained == 0
         if task == "gsm8k":
