@@ -28,3 +28,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if utils is not None:
         utils.outnull_file.close()
         utils.errnull_file.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the file that takes longest first: begun last, it would leave the other worker idle."""
+    items.sort(key=lambda item: item.path.name != "test_methods.py")
